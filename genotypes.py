@@ -1,0 +1,155 @@
+"""Genotypes: what a cell is made of, the published ones by name, reading, writing and deriving them."""
+import json
+import os
+from collections import namedtuple
+
+import numpy as np
+
+from utils import UserError
+
+# The operations of the search space, in the order of the columns of alpha.
+PRIMITIVES = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect',
+              'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
+# What an edge of a discrete cell can be: also operations that only published genotypes use.
+OPERATIONS = PRIMITIVES[1:] + ('sep_conv_7x7', 'conv_7x1_1x7')
+
+NODES = 4                                            # intermediate nodes of a cell in the search
+FIRST_EDGE = tuple(sum(2 + n for n in range(node)) for node in range(NODES))     # 0, 2, 5, 9
+EDGES = sum(2 + node for node in range(NODES))       # 14; the edge from state j to node i is FIRST_EDGE[i] + j
+
+Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')
+Genotype.__doc__ = """A cell pair. normal, reduce: two edges (operation, state) a node, nodes in order;
+states 0 and 1 are the outputs of the two cells before, 2 + i is node i. *_concat: the states whose
+concatenation is the output of the cell."""
+
+
+def _genotype(normal, reduce, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)):
+    def edges(text):
+        words = text.split()
+        return tuple(zip(words[::2], map(int, words[1::2])))
+    return Genotype(edges(normal), tuple(normal_concat), edges(reduce), tuple(reduce_concat))
+
+
+NASNet = _genotype(                                  # arXiv 1707.07012
+    'sep_conv_5x5 1 sep_conv_3x3 0  sep_conv_5x5 0 sep_conv_3x3 0  avg_pool_3x3 1 skip_connect 0 '
+    'avg_pool_3x3 0 avg_pool_3x3 0  sep_conv_3x3 1 skip_connect 1',
+    'sep_conv_5x5 1 sep_conv_7x7 0  max_pool_3x3 1 sep_conv_7x7 0  avg_pool_3x3 1 sep_conv_5x5 0 '
+    'skip_connect 3 avg_pool_3x3 2  sep_conv_3x3 2 max_pool_3x3 1',
+    normal_concat=(2, 3, 4, 5, 6), reduce_concat=(4, 5, 6))
+
+AmoebaNet = _genotype(                               # arXiv 1802.01548
+    'avg_pool_3x3 0 max_pool_3x3 1  sep_conv_3x3 0 sep_conv_5x5 2  sep_conv_3x3 0 avg_pool_3x3 3 '
+    'sep_conv_3x3 1 skip_connect 1  skip_connect 0 avg_pool_3x3 1',
+    'avg_pool_3x3 0 sep_conv_3x3 1  max_pool_3x3 0 sep_conv_7x7 2  sep_conv_7x7 0 avg_pool_3x3 1 '
+    'max_pool_3x3 0 max_pool_3x3 1  conv_7x1_1x7 0 sep_conv_3x3 5',
+    normal_concat=(4, 5, 6), reduce_concat=(3, 4, 6))
+
+DARTS_V1 = _genotype(                                # arXiv 1806.09055, first order
+    'sep_conv_3x3 1 sep_conv_3x3 0  skip_connect 0 sep_conv_3x3 1  skip_connect 0 sep_conv_3x3 1 '
+    'sep_conv_3x3 0 skip_connect 2',
+    'max_pool_3x3 0 max_pool_3x3 1  skip_connect 2 max_pool_3x3 0  max_pool_3x3 0 skip_connect 2 '
+    'skip_connect 2 avg_pool_3x3 0')
+
+DARTS_V2 = _genotype(                                # arXiv 1806.09055, second order
+    'sep_conv_3x3 0 sep_conv_3x3 1  sep_conv_3x3 0 sep_conv_3x3 1  sep_conv_3x3 1 skip_connect 0 '
+    'skip_connect 0 dil_conv_3x3 2',
+    'max_pool_3x3 0 max_pool_3x3 1  skip_connect 2 max_pool_3x3 1  max_pool_3x3 0 skip_connect 2 '
+    'skip_connect 2 max_pool_3x3 1')
+
+DARTS_PADDLE = _genotype(                            # found by the PaddlePaddle port of DARTS
+    'dil_conv_3x3 0 sep_conv_3x3 1  sep_conv_3x3 0 sep_conv_3x3 1  sep_conv_3x3 1 sep_conv_3x3 0 '
+    'skip_connect 0 sep_conv_3x3 1',
+    'skip_connect 1 max_pool_3x3 0  max_pool_3x3 1 skip_connect 2  skip_connect 2 dil_conv_5x5 3 '
+    'skip_connect 2 max_pool_3x3 1')
+
+GENOTYPES = {'NASNet': NASNet, 'AmoebaNet': AmoebaNet, 'DARTS_V1': DARTS_V1, 'DARTS_V2': DARTS_V2,
+             'DARTS': DARTS_V2, 'DARTS_PADDLE': DARTS_PADDLE}
+
+
+def load(name):
+    """The genotype with a name of GENOTYPES, or of a genotype.json (as `save` writes it).
+
+    Raises UserError for a name that is neither, and for a file that holds no valid genotype.
+    """
+    if name in GENOTYPES:
+        return GENOTYPES[name]
+    if not os.path.isfile(name):
+        raise UserError(f"no genotype {name!r}: give one of {', '.join(sorted(GENOTYPES))}, "
+                        "or the path of a genotype.json that a search wrote")
+    try:
+        with open(name, encoding='utf-8') as file:
+            fields = json.loads(file.read(1 << 20))
+        return check(fields)
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{name} holds no genotype: {error}") from None
+
+
+def save(genotype, path):
+    """Writes a genotype as JSON: its four fields, edges as [operation, state]."""
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(dumps(genotype) + '\n')
+
+
+def dumps(genotype):
+    """A genotype as one line of JSON."""
+    return json.dumps(genotype._asdict())
+
+
+def check(fields):
+    """The Genotype of a mapping with its four fields.
+
+    Raises ValueError when a field is missing or too many, an operation is unknown, an edge comes
+    from a state that does not precede its node, or concat names something that is no node.
+    """
+    if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
+        raise ValueError(f"the fields have to be {', '.join(Genotype._fields)}")
+    checked = {}
+    for cell in ('normal', 'reduce'):
+        edges, concat = fields[cell], fields[cell + '_concat']
+        if not isinstance(edges, (list, tuple)) or len(edges) % 2 or not edges:
+            raise ValueError(f"{cell} has to be a list of edges, two for each node")
+        for number, edge in enumerate(edges):
+            if not isinstance(edge, (list, tuple)) or len(edge) != 2 or edge[0] not in OPERATIONS:
+                raise ValueError(f"{cell} edge {number}, {edge!r}, has to be an operation "
+                                 f"({', '.join(OPERATIONS)}) and a state")
+            if not _is_state(edge[1], 0, 2 + number // 2):
+                raise ValueError(f"{cell} edge {number}: state {edge[1]!r} is not among the "
+                                 f"{2 + number // 2} states before node {number // 2}")
+        last = 2 + len(edges) // 2
+        if not isinstance(concat, (list, tuple)) or not concat or len(set(map(repr, concat))) < len(concat) \
+                or not all(_is_state(state, 2, last) for state in concat):
+            raise ValueError(f"{cell}_concat {concat!r} has to name different nodes among 2 to {last - 1}")
+        checked[cell] = tuple((operation, state) for operation, state in edges)
+        checked[cell + '_concat'] = tuple(concat)
+    return Genotype(**checked)
+
+
+def _is_state(value, first, end):
+    return type(value) is int and first <= value < end
+
+
+def softmax(alphas):
+    """softmax over the 8 operations of each edge: [..., 14, 8] -> the same shape."""
+    weights = np.exp(alphas - np.max(alphas, axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def derive(alphas_normal, alphas_reduce):
+    """The genotype of alpha [14, 8] of both kinds of cell (arXiv 1806.09055, section 2.4).
+
+    An edge is as strong as its strongest operation other than none, by softmax over all 8. Each node
+    keeps its two strongest edges, the stronger first, and on each the strongest operation other than
+    none; of equals the one with the lower index.
+    """
+    return Genotype(_derive_cell(alphas_normal), tuple(range(2, 2 + NODES)),
+                    _derive_cell(alphas_reduce), tuple(range(2, 2 + NODES)))
+
+
+def _derive_cell(alphas):
+    weights = softmax(np.asarray(alphas, 'float64'))[:, 1:]          # without none
+    edges = []
+    for node, first in enumerate(FIRST_EDGE):
+        incoming = weights[first:first + 2 + node]                   # [states before the node, 7]
+        strongest = np.argsort(-incoming.max(axis=1), kind='stable')[:2]
+        edges += [(PRIMITIVES[1 + int(incoming[state].argmax())], int(state)) for state in strongest]
+    return tuple(edges)

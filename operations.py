@@ -1,0 +1,148 @@
+"""The operations of the search space as builders of static graphs.
+
+Every class here declares its weights when it is made and builds its operators when it is called. It
+stands for n edges at once: `prefixes` names them, its input is [N, n * C, H, W] with edge e in the
+channels e * C to (e + 1) * C, and its output is laid out alike. The supernet batches all edges that
+leave a state this way; a discrete network has n = 1. It is the same function as n separate
+operations, in a fraction of the operators: a depthwise convolution and a batch normalisation treat
+every channel on its own, and a pointwise convolution becomes a grouped one.
+"""
+import paddle
+import paddle.nn.functional as F
+
+from parameters import constant
+
+BN_EPSILON = 1e-5
+
+
+def conv(x, weight, stride=1, padding=0, dilation=1, groups=1):
+    """x [N, C, H, W], weight a Block of [out, C / groups, k, k]; no bias."""
+    return F.conv2d(x, weight.tensor, None, stride, padding, dilation, groups)
+
+
+def tile(x, count):
+    """[N, C, H, W] -> [N, count * C, H, W], the channels repeated as a whole."""
+    return paddle.tile(x, [1, count, 1, 1]) if count > 1 else x
+
+
+def max_pool(x, stride):
+    return F.max_pool2d(x, 3, stride, 1)
+
+
+def avg_pool(x, stride):
+    return F.avg_pool2d(x, 3, stride, 1, exclusive=True)  # padding is not counted
+
+
+def batch_norm(x, scale=None, shift=None):
+    """Normalises x [N, C, H, W] by the statistics of the batch (arXiv 1502.03167).
+
+    scale, shift: variables [C]; without a scale neither is applied. A scale without a shift is how
+    the weights of a mixed operation are multiplied in: softmax(alpha) * BN(x) costs nothing more.
+    """
+    channels = x.shape[1]
+    # Paddle wants a scale and a shift, and both or neither with gradients.
+    if scale is None:
+        scale, shift = constant([channels], 1.0, x.dtype), constant([channels], 0.0, x.dtype)
+    elif shift is None:
+        shift = constant([channels], 0.0, x.dtype, trainable=True)
+    # Running statistics are an input that cannot be left out; momentum 1 keeps these as they are.
+    mean, variance = constant([channels], 0.0, x.dtype), constant([channels], 1.0, x.dtype)
+    return F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=1.0, epsilon=BN_EPSILON)
+
+
+class BatchNorm:
+    """Batch normalisation of n edges of C channels; affine: with a scale and a shift to be trained."""
+
+    def __init__(self, layout, prefixes, channels, affine):
+        self.scale = self.shift = None
+        if affine:
+            self.scale = layout.declare([f'{p}.weight' for p in prefixes], [channels], value=1.0)
+            self.shift = layout.declare([f'{p}.bias' for p in prefixes], [channels], value=0.0)
+
+    def __call__(self, x, scale=None):
+        if self.scale is not None:
+            return batch_norm(x, self.scale.tensor, self.shift.tensor)
+        return batch_norm(x, scale)
+
+
+class ReLUConvBN:
+    """ReLU, convolution 1x1 from c_in to c_out channels, BN: brings a cell's input to its width."""
+
+    def __init__(self, layout, prefixes, c_in, c_out, affine):
+        self.groups = len(prefixes)
+        self.weight = layout.declare([f'{p}.op.1.weight' for p in prefixes], [c_out, c_in, 1, 1])
+        self.norm = BatchNorm(layout, [f'{p}.op.2' for p in prefixes], c_out, affine)
+
+    def convolve(self, x):
+        """All but the BN."""
+        return conv(F.relu(x), self.weight, groups=self.groups)
+
+    def __call__(self, x):
+        return self.norm(self.convolve(x))
+
+
+class FactorizedReduce:
+    """ReLU, two convolutions 1x1 with stride 2 on grids one pixel apart, side by side, BN.
+
+    Halves height and width ([N, n * c_in, H, W] -> [N, n * c_out, H / 2, W / 2]) and looks at half
+    of the pixels where a single convolution with stride 2 would look at a quarter.
+    """
+
+    def __init__(self, layout, prefixes, c_in, c_out, affine):
+        self.edges, self.c_half = len(prefixes), c_out // 2
+        self.first = layout.declare([f'{p}.conv_1.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
+        self.second = layout.declare([f'{p}.conv_2.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
+        self.norm = BatchNorm(layout, [f'{p}.bn' for p in prefixes], c_out, affine)
+
+    def convolve(self, x):
+        """All but the BN; x is rectified already when it comes from `tile`: a second ReLU is no change."""
+        x = F.relu(x)
+        first = conv(x, self.first, stride=2, groups=self.edges)
+        second = conv(x[:, :, 1:, 1:], self.second, stride=2, groups=self.edges)
+        if self.edges == 1:
+            return paddle.concat([first, second], axis=1)
+        # The halves of an edge belong together: [N, edges, c_half, H, W] twice -> [N, edges, c_out, H, W].
+        height, width = first.shape[2:]
+        halves = [paddle.reshape(h, [0, self.edges, self.c_half * height, width]) for h in (first, second)]
+        return paddle.reshape(paddle.concat(halves, axis=2), [0, self.edges * self.c_half * 2, height, width])
+
+    def __call__(self, x, scale=None):
+        return self.norm(self.convolve(x), scale)
+
+
+class DilConv:
+    """Depthwise k x k with dilation 2, pointwise, BN, on a rectified input [N, n * C, H, W]."""
+
+    dilation = 2
+
+    def __init__(self, layout, prefixes, channels, kernel, stride, affine, first=1):
+        """first: the number of the depthwise convolution in the names of the authors' code."""
+        self.edges, self.channels, self.stride = len(prefixes), channels, stride
+        self.padding = self.dilation * (kernel - 1) // 2
+        self.depthwise = layout.declare(
+            [f'{p}.op.{first}.weight' for p in prefixes], [channels, 1, kernel, kernel])
+        self.pointwise = layout.declare(
+            [f'{p}.op.{first + 1}.weight' for p in prefixes], [channels, channels, 1, 1])
+        self.norm = BatchNorm(layout, [f'{p}.op.{first + 2}' for p in prefixes], channels, affine)
+
+    def __call__(self, x, scale=None):
+        groups = self.edges * self.channels
+        x = conv(x, self.depthwise, self.stride, self.padding, self.dilation, groups)
+        return self.norm(conv(x, self.pointwise, groups=self.edges), scale)
+
+
+class SeparableStage(DilConv):
+    """One of the two halves of a SepConv."""
+
+    dilation = 1
+
+
+class SepConv:
+    """Depthwise k x k, pointwise, BN, ReLU and the same with stride 1, on a rectified input."""
+
+    def __init__(self, layout, prefixes, channels, kernel, stride, affine):
+        self.first = SeparableStage(layout, prefixes, channels, kernel, stride, affine, first=1)
+        self.second = SeparableStage(layout, prefixes, channels, kernel, 1, affine, first=5)
+
+    def __call__(self, x, scale=None):
+        return self.second(F.relu(self.first(x)), scale)

@@ -1,0 +1,282 @@
+"""Flat vectors of weights and the static programs that share them.
+
+All weights of a network lie in one float vector theta, so that an update of a network is vector
+arithmetic: nothing is looped over parameters, neither in Python nor in a graph. A `Layout` maps the
+names of the weights to slices of the vector; a `Store` keeps the named vectors on the device; a
+`Function` is a static program that reads and writes them.
+"""
+import math
+
+import numpy as np
+import paddle
+
+from utils import UserError
+
+paddle.enable_static()
+
+
+class Block:
+    """n weights of equal shape [out, ...] that one batched operation uses as one tensor [n * out, ...].
+
+    `tensor` is the variable of the program under construction, set by `Blocks.unpack`.
+    """
+
+    def __init__(self, count, shape):
+        self.count, self.shape = count, tuple(shape)
+        self.rows, self.tail = count * self.shape[0], self.shape[1:]
+        self.size = self.rows * math.prod(self.tail)
+        self.offset = None
+        self.tensor = None
+
+
+class Blocks:
+    """Blocks side by side in one flat vector.
+
+    Blocks whose shapes agree behind the first axis (a family, such as all depthwise 3x3 kernels of a
+    network) are neighbours in the vector. A program then takes a whole family with one slice and one
+    reshape and cuts it along the first axis, instead of slicing and reshaping weight by weight: a few
+    dozen operators where there would be a thousand.
+    """
+
+    def __init__(self):
+        self.blocks = []
+        self.size = 0
+
+    def add(self, count, shape):
+        block = Block(count, shape)
+        self.blocks.append(block)
+        return block
+
+    def seal(self):
+        """Places all blocks that were added; returns self."""
+        self.families = {}
+        for block in self.blocks:
+            self.families.setdefault(block.tail, []).append(block)
+        self.size = 0
+        for blocks in self.families.values():
+            for block in blocks:
+                block.offset = self.size
+                self.size += block.size
+        return self
+
+    def unpack(self, vector):
+        """Gives every block its tensor: a piece of `vector` ([size], in the program under construction)."""
+        families = _split(vector, [sum(b.size for b in blocks) for blocks in self.families.values()])
+        for (tail, blocks), family in zip(self.families.items(), families):
+            if tail:
+                family = paddle.reshape(family, [-1, *tail])
+            for block, piece in zip(blocks, _split(family, [b.rows for b in blocks])):
+                block.tensor = piece
+
+
+def _split(x, sizes):
+    return paddle.split(x, sizes, axis=0) if len(sizes) > 1 else [x]
+
+
+class Layout(Blocks):
+    """The named weights of a network as slices of one vector theta."""
+
+    def __init__(self):
+        super().__init__()
+        self._names = {}
+
+    def declare(self, names, shape, bound=None, value=0.0):
+        """Declares len(names) weights of one shape, used together as one `Block`.
+
+        They start uniform in +-bound; without a bound (None) convolution's 1 / sqrt(fan_in) with
+        fan_in = prod(shape[1:]), or, for a vector, the constant `value`.
+        """
+        block = self.add(len(names), shape)
+        if bound is None and len(shape) > 1:
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+        for index, name in enumerate(names):
+            if name in self._names:
+                raise ValueError(f"{name} is declared twice")
+            self._names[name] = (block, index, bound, value)
+        return block
+
+    @property
+    def shapes(self):
+        """{name: shape} of all weights."""
+        return {name: block.shape for name, (block, *_) in self._names.items()}
+
+    def slices(self):
+        """Yields (name, slice of theta, shape)."""
+        for name, (block, index, *_) in self._names.items():
+            size = block.size // block.count
+            start = block.offset + index * size
+            yield name, slice(start, start + size), block.shape
+
+    def named(self, vector):
+        """{name: array} from a flat vector [size]; the arrays are copies."""
+        return {name: vector[where].reshape(shape).copy() for name, where, shape in self.slices()}
+
+    def flat(self, weights, vector):
+        """A copy of `vector` [size] with the weights of {name: array} in it.
+
+        Raises UserError for an unknown name or a wrong shape; weights that are not named keep
+        their values.
+        """
+        unknown = sorted(set(weights) - set(self._names))
+        if unknown:
+            raise UserError(f"unknown weight {unknown[0]!r} ({len(unknown)} unknown in all)")
+        vector = vector.copy()
+        for name, where, shape in self.slices():
+            if name in weights:
+                array = np.asarray(weights[name])
+                if array.shape != shape:
+                    raise UserError(f"weight {name} has shape {list(array.shape)}, expected {list(shape)}")
+                vector[where] = array.reshape(-1)
+        return vector
+
+    def initial(self, rng, dtype):
+        """A fresh vector [size], drawn from the numpy generator `rng`."""
+        vector = np.empty(self.size, dtype)
+        for (name, where, shape), (*_, bound, value) in zip(self.slices(), self._names.values()):
+            size = where.stop - where.start
+            vector[where] = value if bound is None else rng.uniform(-bound, bound, size)
+        return vector
+
+
+class Store:
+    """Named vectors on one device, shared by the static programs that are compiled for it.
+
+    place: a paddle.CPUPlace() or paddle.CUDAPlace(i); dtype: 'float32' or 'float64' of all vectors.
+    """
+
+    def __init__(self, place, dtype='float32'):
+        self.place, self.dtype = place, dtype
+        self.scope = paddle.base.core.Scope()
+        self.functions = []
+
+    def set(self, name, array):
+        """Writes a numpy array to the vector `name`, which exists from then on."""
+        self.scope.var(name).get_tensor().set(np.ascontiguousarray(array, self.dtype), self.place)
+
+    def get(self, name):
+        """The vector `name` as a numpy array (a copy)."""
+        return np.array(self.scope.find_var(name).get_tensor())
+
+    def variable(self, name, trainable=False):
+        """The vector `name` (which `set` has made) in the program under construction."""
+        shape = self.scope.find_var(name).get_tensor().shape()
+        variable = paddle.static.create_parameter(
+            shape, self.dtype, name=name, default_initializer=paddle.nn.initializer.Constant(0.0))
+        variable.stop_gradient = not trainable
+        return variable
+
+    def assign(self, name, value):
+        """Lets the program under construction write `value` to the vector `name`, on the device."""
+        paddle.assign(value, output=self.variable(name))
+
+    def tensor(self, array):
+        """A tensor on the device, to be fed more than once without a second transfer."""
+        core = paddle.base.core
+        tensor = core.DenseTensor() if hasattr(core, 'DenseTensor') else core.LoDTensor()
+        tensor.set(np.ascontiguousarray(array), self.place)
+        return tensor
+
+    @property
+    def operators(self):
+        """The number of operators of all programs over this store."""
+        return sum(function.operators for function in self.functions)
+
+
+class Function:
+    """A static program over the vectors of a store, compiled once.
+
+    `build()` is called with the program as the default and returns the list of variables to fetch;
+    inputs are its `paddle.static.data` variables. A call takes the inputs by name (numpy arrays or
+    `Store.tensor`) and returns the fetched values as numpy arrays.
+    """
+
+    def __init__(self, store, build):
+        self.store = store
+        store.functions.append(self)
+        self.program = paddle.static.Program()
+        _constants.clear()
+        with paddle.static.program_guard(self.program, paddle.static.Program()):
+            self.fetches = build()
+        _constants.clear()
+        _simplify(self.program)
+        # One executor a program: an executor keeps only eight prepared programs and prepares the
+        # others anew at every call.
+        self._executor = paddle.static.Executor(store.place)
+
+    @property
+    def operators(self):
+        return len(self.program.global_block().ops)
+
+    def __call__(self, **feed):
+        return self._executor.run(self.program, feed=feed, fetch_list=self.fetches, scope=self.store.scope)
+
+
+_constants = {}
+
+
+def constant(shape, value, dtype, trainable=False):
+    """A constant of the program under construction, made once a program however often it is asked for."""
+    key = (tuple(shape), value, str(dtype), trainable)
+    if key not in _constants:
+        _constants[key] = paddle.full(shape, value, dtype)
+        _constants[key].stop_gradient = not trainable
+    return _constants[key]
+
+
+def _simplify(program):
+    """Takes operators without an effect out of a program of Paddle 3 (in 2.6 there are no such operators).
+
+    Every shape, axis and kernel size is an operator there, and the gradient of a sum copies the
+    incoming gradient once a summand; the executor's preparation grows faster than the number of
+    operators.
+    """
+    if not hasattr(paddle.framework, 'in_pir_mode') or not paddle.framework.in_pir_mode():
+        return
+    paddle.base.libpaddle.pir.apply_cse_pass(program)
+    block = program.global_block()
+    for operator in block.ops:
+        if _is_copy(operator):
+            operator.result(0).replace_all_uses_with(operator.operand_source(0))
+            block.remove_op(operator)
+
+
+def _is_copy(operator):
+    """Whether a Paddle 3 operator multiplies by the constant 1 and adds 0."""
+    if operator.name() != 'pd_op.scale' or operator.attrs()['bias'] != 0.0:
+        return False
+    factor = operator.operand_source(1).get_defining_op()
+    return factor.name() == 'pd_op.full' and factor.attrs()['value'] == 1.0
+
+
+class MomentumSGD:
+    """SGD with momentum on the vector theta of a store: the weight step of search and training.
+
+    Each step clips `gradient` to a global norm, then adds the weight decay:
+        g <- g * min(1, grad_clip / ||g||) + weight_decay * theta
+        velocity <- momentum * velocity + g
+        theta <- theta - lr * velocity
+    """
+
+    def __init__(self, store, momentum, weight_decay, grad_clip):
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.store = store
+        store.set('velocity', np.zeros_like(store.get('theta')))
+
+        def build():
+            lr = paddle.static.data('lr', [1], store.dtype)
+            theta, velocity, gradient = map(store.variable, ('theta', 'velocity', 'gradient'))
+            gradient = gradient * (grad_clip / paddle.clip(norm(gradient), min=grad_clip))
+            velocity = momentum * velocity + (gradient + weight_decay * theta)
+            store.assign('velocity', velocity)
+            store.assign('theta', theta - lr * velocity)
+            return []
+        self._step = Function(store, build)
+
+    def step(self, lr):
+        """One step with learning rate lr from the `gradient` in the store."""
+        self._step(lr=np.array([lr], self.store.dtype))
+
+
+def norm(vector):
+    """The Euclidean norm of a variable [n], as a variable [1]."""
+    return paddle.sqrt(paddle.sum(paddle.square(vector), axis=0, keepdim=True))

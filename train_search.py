@@ -1,0 +1,136 @@
+"""Searches a cell by differentiable architecture search (DARTS, arXiv 1806.09055).
+
+    python train_search.py                                         # CIFAR-10, second order
+    python train_search.py --unrolled False                        # first order
+    python train_search.py --dataset fashion_mnist_sample --init_channels 4 --epochs 2    # small, no download
+    python train_search.py --resume                                # go on after a stop or a crash
+"""
+import numpy as np
+
+import utils                       # first: it quiets what paddle says while it is imported
+
+import genotypes
+import reader
+import trainer
+from architect import Architect
+from genotypes import PRIMITIVES
+from model_search import Supernet
+from parameters import MomentumSGD
+from trainer import log
+
+CHECKPOINTED = ('theta', 'velocity', 'alphas', 'adam_mean', 'adam_variance')
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description="Search a convolutional cell with DARTS.")
+    add = parser.add_argument
+    add('--dataset', default='cifar10', choices=sorted(reader.DATASETS), help='(%(default)s)')
+    add('--data', default=None, help='folder of the data set (dataset/<its name>); downloaded there if missing')
+    utils.add_common_arguments(parser, batch_size=64, learning_rate=0.025, weight_decay=3e-4, epochs=50,
+                               init_channels=16, layers=8, model_save_dir='search', report_freq=50)
+    add('--learning_rate_min', type=utils.number(float, 0), default=0.001,
+        help='of the weights, at the end of the cosine (%(default)s)')
+    add('--cutout', type=utils.boolean, default=True, help='blank a random square of each image (%(default)s)')
+    add('--cutout_length', type=utils.number(int, 1), default=16, help='side of the square (%(default)s)')
+    add('--train_portion', type=utils.number(float, 0, 1, open_low=True), default=0.5,
+        help='part of the training images that trains the weights; the rest trains alpha (%(default)s)')
+    add('--arch_learning_rate', type=utils.number(float, 0), default=3e-4, help="Adam's, of alpha (%(default)s)")
+    add('--arch_weight_decay', type=utils.number(float, 0), default=1e-3, help='of alpha (%(default)s)')
+    add('--unrolled', type=utils.boolean, default=True,
+        help='second order (True) or first order (False) gradient of alpha (%(default)s)')
+    return parser.parse_args(argv)
+
+
+class Search:
+    """The search as a task of trainer.train."""
+
+    def __init__(self, args, data, run, place):
+        self.args, self.run = args, run
+        self.supernet = Supernet(args.init_channels, args.class_num, args.layers, seed=args.seed, place=place)
+        self.optimizer = MomentumSGD(self.supernet.store, args.momentum, args.weight_decay, args.grad_clip)
+        self.architect = Architect(self.supernet, self.optimizer, args.arch_learning_rate,
+                                   args.arch_weight_decay, args.unrolled)
+        train, valid = reader.split(len(data.train_images), args.train_portion, args.seed)
+        common = dict(batch_size=args.batch_size, mean=data.mean, std=data.std, seed=args.seed)
+        self.train = reader.Batches(
+            data.train_images[train], data.train_labels[train], shuffle=True, augment=True,
+            cutout_length=args.cutout_length if args.cutout else 0, drop_last=True, **common)
+        self.valid = reader.Batches(
+            data.train_images[valid], data.train_labels[valid], shuffle=False, drop_last=False, **common)
+        self.steps = len(self.train)
+
+    def prepare(self):
+        """Runs every program once on dummy data, which makes the executors ready; nothing is changed."""
+        state = self.state()
+        size = self.supernet.image_size
+        images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype('float32')
+        batch = images, np.zeros((2, 1), 'int64')
+        self.train_step((batch, batch), epoch=0)
+        self.supernet.evaluate(*batch)
+        self.load_state(state)
+
+    def learning_rate(self, epoch):
+        return utils.cosine(epoch, self.args.epochs, self.args.learning_rate, self.args.learning_rate_min)
+
+    def batch(self, epoch, step):
+        return self.train.batch(epoch, step), self.valid.random_batch(epoch, step)
+
+    def train_step(self, batch, epoch):
+        train, valid = (self.supernet.feed(*half) for half in batch)
+        lr = self.learning_rate(epoch)
+        self.architect.update(train, valid, lr)          # steps 1 to 6: alpha
+        result = self.supernet.run(train)                # 7: the weights, with the new alpha
+        self.optimizer.step(lr)
+        return (*result, len(batch[0][1]))
+
+    def finish_epoch(self, epoch):
+        batches = reader.prefetch(lambda step: self.valid.batch(0, step), range(len(self.valid)),
+                                  self.args.num_workers)
+        validation = trainer.evaluate(self.supernet, batches, len(self.valid), self.args.batch_size).means('valid')
+        weights, genotype = self.supernet.mixing_weights(), self.supernet.genotype()
+        for name, table in weights.items():
+            log.info(format_mixing_weights(name, table))
+        log.info(f"genotype = {genotype}")
+        log.info(f"epoch {epoch + 1}: validation loss {validation['valid_loss']:.4f}, "
+                 f"top-1 {100 * validation['valid_top1']:.2f} %, top-5 {100 * validation['valid_top5']:.2f} %")
+        self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
+        return dict(validation, **{name: table.tolist() for name, table in weights.items()},
+                    genotype=genotype._asdict())
+
+    def state(self):
+        state = {name: self.supernet.store.get(name) for name in CHECKPOINTED}
+        return dict(state, adam_steps=np.array(self.architect.steps))
+
+    def load_state(self, state):
+        for name in CHECKPOINTED:
+            self.supernet.store.set(name, state[name])
+        self.architect.steps = int(state['adam_steps'])
+
+
+def format_mixing_weights(name, table):
+    """A table [14, 8] of softmax(alpha) with a line an edge."""
+    lines = [f"softmax of {name}", 'edge    ' + ''.join(f'{op:>14}' for op in PRIMITIVES)]
+    for node, first in enumerate(genotypes.FIRST_EDGE):
+        for state in range(2 + node):
+            lines.append(f'{state} -> {2 + node}  ' + ''.join(f'{w:14.4f}' for w in table[first + state]))
+    return '\n'.join(lines)
+
+
+def main():
+    args = parse_args()
+    place = utils.find_place(args.use_gpu)
+    data = reader.load(args.dataset, args.data)
+    if args.class_num not in (None, data.class_num):
+        raise utils.UserError(f"--class_num {args.class_num}: {args.dataset} has {data.class_num} classes")
+    args.class_num = data.class_num
+    run = trainer.Run(args)
+    utils.announce(log, place)
+    search = Search(args, data, run, place)
+    log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
+    search.prepare()
+    log.info(f"graph ready in {utils.seconds_since_start():.1f} s ({search.supernet.store.operators} operators)")
+    trainer.train(search, run, args)
+
+
+if __name__ == '__main__':
+    utils.run(main)

@@ -1,0 +1,140 @@
+"""What all scripts share outside of the method: errors, the command line, the device, schedules."""
+import argparse
+import math
+import os
+import sys
+import time
+import warnings
+
+# Before paddle is imported: its start-up notes are no news to who runs a search.
+os.environ.setdefault('GLOG_minloglevel', '2')
+warnings.filterwarnings('ignore', module=r'paddle\b.*')
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message says what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+def boolean(text):
+    """'True' or 'False', as `--flag True` is written in the field."""
+    if text.lower() in ('true', '1', 'yes'):
+        return True
+    if text.lower() in ('false', '0', 'no'):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """A type for argparse: an int or float from `low` (itself excluded when open_low) to `high`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (open_low and value == low) or math.isinf(value):
+            limits = f"{'above' if open_low else 'from'} {low}" + (f" to {high}" if high < math.inf else '')
+            raise argparse.ArgumentTypeError(
+                f"{text!r} has to be a{' whole' if kind is int else ''} number {limits}")
+        return value
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says a mistake in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main):
+    """Runs a script's main(); a UserError ends it with one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def add_common_arguments(parser, *, batch_size, learning_rate, weight_decay, epochs, init_channels, layers,
+                         model_save_dir, report_freq):
+    """The flags that search and training share, with the defaults that differ between them."""
+    add = parser.add_argument
+    add('--batch_size', type=number(int, 1), default=batch_size, help='images a step (%(default)s)')
+    add('--learning_rate', type=number(float, 0, open_low=True), default=learning_rate,
+        help='of the weights, at the start (%(default)s)')
+    add('--momentum', type=number(float, 0, 1), default=0.9, help='of the weights (%(default)s)')
+    add('--weight_decay', type=number(float, 0), default=weight_decay, help='of the weights (%(default)s)')
+    add('--grad_clip', type=number(float, 0, open_low=True), default=5.0,
+        help='largest norm of the gradient of all weights together (%(default)s)')
+    add('--epochs', type=number(int, 1), default=epochs, help='(%(default)s)')
+    add('--init_channels', type=number(int, 1), default=init_channels,
+        help='channels C of the first cell (%(default)s)')
+    add('--layers', type=number(int, 1), default=layers, help='cells (%(default)s)')
+    add('--class_num', type=number(int, 2), default=None, help="classes (the data set's)")
+    add('--seed', type=number(int, 0, 2**32 - 1), default=0,
+        help='of everything random; on the CPU a run with the same seed repeats itself (%(default)s)')
+    add('--use_gpu', type=boolean, default=None,
+        help='True or False (True where the installed Paddle finds a GPU)')
+    add('--num_workers', type=number(int, 0, 64), default=2,
+        help='prepare batches beside the computation, so many at a time (%(default)s)')
+    add('--report_freq', type=number(int, 1), default=report_freq, help='steps between reports (%(default)s)')
+    add('--save_freq', type=number(int, 1), default=report_freq,
+        help='steps between checkpoints; there is one at the end of each epoch too (%(default)s)')
+    add('--model_save_dir', default=model_save_dir, help='folder for all that the run writes (%(default)s)')
+    add('--resume', action='store_true', help='continue from the last checkpoint in --model_save_dir')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Device
+
+def find_place(use_gpu):
+    """The place to compute on: use_gpu True, False or None for whatever the installed Paddle can use.
+
+    Raises UserError when a GPU is asked for and Paddle finds none.
+    """
+    import paddle
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if use_gpu and not gpus:
+        reason = ("no GPU is visible to it" if paddle.is_compiled_with_cuda() else
+                  "this is a build of Paddle for the CPU: install paddlepaddle-gpu")
+        raise UserError(f"--use_gpu True: Paddle {paddle.__version__} finds no GPU ({reason}); "
+                        "without the flag the CPU computes")
+    return paddle.CUDAPlace(0) if gpus and use_gpu is not False else paddle.CPUPlace()
+
+
+def announce(log, place):
+    """Logs the device and the version of Paddle."""
+    import paddle
+    if isinstance(place, paddle.CUDAPlace):
+        device = f"GPU {place.get_device_id()} ({paddle.device.cuda.get_device_name(place.get_device_id())})"
+    else:
+        device = f"CPU ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+    log.info(f"device: {device}, Paddle {paddle.__version__}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Time and schedules
+
+_imported = time.time()
+
+
+def seconds_since_start():
+    """Seconds since the process started (since this import where the system does not tell)."""
+    try:
+        with open('/proc/self/stat') as file:
+            ticks = int(file.read().rpartition(')')[2].split()[19])      # field 22, proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, AttributeError, ValueError):
+        return time.time() - _imported
+
+
+def cosine(epoch, epochs, start, end=0.0):
+    """Learning rate of an epoch counted from 0: cosine from `start` to `end` (arXiv 1608.03983)."""
+    return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
