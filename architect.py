@@ -85,7 +85,7 @@ class Architect:
         """w aside, theta <- w - xi (mu v + g + lambda w)."""
         xi = paddle.static.data('xi', [1], self.store.dtype)
         w, v, g = map(self.store.variable, ('theta', 'velocity', 'gradient'))
-        mu, lamda = self.optimizer.momentum, self.optimizer.weight_decay
+        mu, lamda = map(self.store.scalar, (self.optimizer.momentum, self.optimizer.weight_decay))
         virtual = w - xi * (mu * v + g + lamda * w)
         self.store.assign('w', w)
         self.store.assign('theta', virtual)
@@ -95,7 +95,7 @@ class Architect:
         """u and grad_alpha L_val(w', alpha) aside, theta <- w + eps u."""
         w, u = map(self.store.variable, ('w', 'gradient'))
         # Where u vanishes so does h, whatever eps is, as long as it is a number.
-        eps = PERTURBATION / paddle.clip(norm(u), min=1e-30)
+        eps = self.store.scalar(PERTURBATION) / paddle.maximum(norm(u), self.store.scalar(1e-30))
         self.store.assign('validation_gradient', self.store.variable('alpha_gradient'))
         self.store.assign('u', u)
         self.store.assign('eps', eps)
@@ -114,7 +114,7 @@ class Architect:
         xi = paddle.static.data('xi', [1], self.store.dtype)
         outer, plus, minus, eps, w = map(self.store.variable, (
             'validation_gradient', 'plus_gradient', 'alpha_gradient', 'eps', 'w'))
-        h = (plus - minus) / (2 * eps)
+        h = (plus - minus) / (eps + eps)
         self.store.assign('d_alpha', outer - xi * h)
         self.store.assign('theta', w)
         return []
@@ -124,11 +124,12 @@ class Architect:
         bias = paddle.static.data('bias', [2], self.store.dtype)
         alphas, mean, variance, gradient = map(self.store.variable, (
             'alphas', 'adam_mean', 'adam_variance', 'd_alpha' if self.unrolled else 'alpha_gradient'))
-        gradient = gradient + self.arch_weight_decay * alphas
-        mean = BETA1 * mean + (1 - BETA1) * gradient
-        variance = BETA2 * variance + (1 - BETA2) * paddle.square(gradient)
-        rate = self.arch_learning_rate / bias[0]
-        step = mean / (paddle.sqrt(variance / bias[1]) + EPSILON)
+        scalar = self.store.scalar
+        gradient = gradient + scalar(self.arch_weight_decay) * alphas
+        mean = scalar(BETA1) * mean + scalar(1 - BETA1) * gradient
+        variance = scalar(BETA2) * variance + scalar(1 - BETA2) * paddle.square(gradient)
+        rate = scalar(self.arch_learning_rate) / bias[0]
+        step = mean / (paddle.sqrt(variance / bias[1]) + scalar(EPSILON))
         self.store.assign('adam_mean', mean)
         self.store.assign('adam_variance', variance)
         self.store.assign('alphas', alphas - rate * step)

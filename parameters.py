@@ -169,6 +169,13 @@ class Store:
         """Lets the program under construction write `value` to the vector `name`, on the device."""
         paddle.assign(value, output=self.variable(name))
 
+    def scalar(self, value):
+        """A constant [1] of the program under construction, in the store's precision.
+
+        A Python number in a product with a variable would be rounded to float32 by Paddle.
+        """
+        return constant([1], value, self.dtype)
+
     def tensor(self, array):
         """A tensor on the device, to be fed more than once without a second transfer."""
         core = paddle.base.core
@@ -265,8 +272,9 @@ class MomentumSGD:
         def build():
             lr = paddle.static.data('lr', [1], store.dtype)
             theta, velocity, gradient = map(store.variable, ('theta', 'velocity', 'gradient'))
-            gradient = gradient * (grad_clip / paddle.clip(norm(gradient), min=grad_clip))
-            velocity = momentum * velocity + (gradient + weight_decay * theta)
+            mu, lamda, limit = map(store.scalar, (momentum, weight_decay, grad_clip))
+            gradient = gradient * (limit / paddle.maximum(norm(gradient), limit))
+            velocity = mu * velocity + (gradient + lamda * theta)
             store.assign('velocity', velocity)
             store.assign('theta', theta - lr * velocity)
             return []
