@@ -83,7 +83,7 @@ class Architect:
 
     def _build_virtual_step(self):
         """w aside, theta <- w - xi (mu v + g + lambda w)."""
-        xi = paddle.static.data('xi', [1], self.store.dtype)
+        xi = self.store.input('xi', [1])
         w, v, g = map(self.store.variable, ('theta', 'velocity', 'gradient'))
         mu, lamda = map(self.store.scalar, (self.optimizer.momentum, self.optimizer.weight_decay))
         virtual = w - xi * (mu * v + g + lamda * w)
@@ -111,7 +111,7 @@ class Architect:
 
     def _build_second_order(self):
         """d_alpha <- grad_alpha L_val(w', alpha) - xi h, theta <- w."""
-        xi = paddle.static.data('xi', [1], self.store.dtype)
+        xi = self.store.input('xi', [1])
         outer, plus, minus, eps, w = map(self.store.variable, (
             'validation_gradient', 'plus_gradient', 'alpha_gradient', 'eps', 'w'))
         h = (plus - minus) / (eps + eps)
@@ -121,7 +121,7 @@ class Architect:
 
     def _build_adam(self):
         """Adam (arXiv 1412.6980) with L2 decay: bias [2] holds 1 - beta^t of both moments."""
-        bias = paddle.static.data('bias', [2], self.store.dtype)
+        bias = self.store.input('bias', [2])
         alphas, mean, variance, gradient = map(self.store.variable, (
             'alphas', 'adam_mean', 'adam_variance', 'd_alpha' if self.unrolled else 'alpha_gradient'))
         scalar = self.store.scalar

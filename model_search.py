@@ -206,8 +206,8 @@ class Supernet:
     def _build(self, gradients):
         """The program of the supernet; returns [loss, top-1, top-5]."""
         store, size = self.store, self.image_size
-        images = paddle.static.data('images', [None, 3, size, size], store.dtype)
-        labels = paddle.static.data('labels', [None, 1], 'int64')
+        images = store.input('images', [None, 3, size, size])
+        labels = store.input('labels', [None, 1], 'int64')
         theta, alphas = store.variable('theta', trainable=True), store.variable('alphas', trainable=True)
         logits = self._logits(images, theta, alphas)
         loss = F.cross_entropy(logits, labels)

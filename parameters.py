@@ -148,9 +148,12 @@ class Store:
         self.place, self.dtype = place, dtype
         self.scope = paddle.base.core.Scope()
         self.functions = []
+        self._names = []
 
     def set(self, name, array):
         """Writes a numpy array to the vector `name`, which exists from then on."""
+        if name not in self._names:
+            self._names.append(name)
         self.scope.var(name).get_tensor().set(np.ascontiguousarray(array, self.dtype), self.place)
 
     def get(self, name):
@@ -168,6 +171,12 @@ class Store:
     def assign(self, name, value):
         """Lets the program under construction write `value` to the vector `name`, on the device."""
         paddle.assign(value, output=self.variable(name))
+
+    def input(self, name, shape, dtype=None):
+        """An input of the program under construction; None in `shape` is the size of the batch."""
+        dtype = dtype or self.dtype
+        self.functions[-1].inputs[name] = (shape, dtype)
+        return paddle.static.data(name, shape, dtype)
 
     def scalar(self, value):
         """A constant [1] of the program under construction, in the store's precision.
@@ -188,17 +197,27 @@ class Store:
         """The number of operators of all programs over this store."""
         return sum(function.operators for function in self.functions)
 
+    def warm_up(self):
+        """Runs every program once on a dummy image, which prepares the executors; no vector is changed."""
+        vectors = {name: self.get(name) for name in self._names}
+        rng = np.random.default_rng(0)
+        for function in self.functions:
+            function(**{name: rng.uniform(0.5, 1.5, [1 if size is None else size for size in shape]).astype(dtype)
+                        for name, (shape, dtype) in function.inputs.items()})
+        for name, array in vectors.items():
+            self.set(name, array)
+
 
 class Function:
     """A static program over the vectors of a store, compiled once.
 
-    `build()` is called with the program as the default and returns the list of variables to fetch;
-    inputs are its `paddle.static.data` variables. A call takes the inputs by name (numpy arrays or
-    `Store.tensor`) and returns the fetched values as numpy arrays.
+    `build()` is called with the program as the default and returns the list of variables to fetch. A
+    call takes the inputs by name (numpy arrays or `Store.tensor`) and returns the fetched values as
+    numpy arrays.
     """
 
     def __init__(self, store, build):
-        self.store = store
+        self.store, self.inputs = store, {}
         store.functions.append(self)
         self.program = paddle.static.Program()
         _constants.clear()
@@ -209,10 +228,7 @@ class Function:
         # One executor a program: an executor keeps only eight prepared programs and prepares the
         # others anew at every call.
         self._executor = paddle.static.Executor(store.place)
-
-    @property
-    def operators(self):
-        return len(self.program.global_block().ops)
+        self.operators = len(self.program.global_block().ops)
 
     def __call__(self, **feed):
         return self._executor.run(self.program, feed=feed, fetch_list=self.fetches, scope=self.store.scope)
@@ -270,7 +286,7 @@ class MomentumSGD:
         store.set('velocity', np.zeros_like(store.get('theta')))
 
         def build():
-            lr = paddle.static.data('lr', [1], store.dtype)
+            lr = store.input('lr', [1])
             theta, velocity, gradient = map(store.variable, ('theta', 'velocity', 'gradient'))
             mu, lamda, limit = map(store.scalar, (momentum, weight_decay, grad_clip))
             gradient = gradient * (limit / paddle.maximum(norm(gradient), limit))

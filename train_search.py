@@ -59,16 +59,6 @@ class Search:
             data.train_images[valid], data.train_labels[valid], shuffle=False, drop_last=False, **common)
         self.steps = len(self.train)
 
-    def prepare(self):
-        """Runs every program once on dummy data, which makes the executors ready; nothing is changed."""
-        state = self.state()
-        size = self.supernet.image_size
-        images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype('float32')
-        batch = images, np.zeros((2, 1), 'int64')
-        self.train_step((batch, batch), epoch=0)
-        self.supernet.evaluate(*batch)
-        self.load_state(state)
-
     def learning_rate(self, epoch):
         return utils.cosine(epoch, self.args.epochs, self.args.learning_rate, self.args.learning_rate_min)
 
@@ -127,7 +117,7 @@ def main():
     utils.announce(log, place)
     search = Search(args, data, run, place)
     log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
-    search.prepare()
+    search.supernet.store.warm_up()
     log.info(f"graph ready in {utils.seconds_since_start():.1f} s ({search.supernet.store.operators} operators)")
     trainer.train(search, run, args)
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import architect as architect_module
+import plain
 from architect import Architect
 from model_search import Supernet
 from parameters import MomentumSGD
@@ -102,6 +103,27 @@ def test_the_second_order_term_alone(numeric, monkeypatch):
     outer = np.array([np.sum(outer * d) for d in directions])
     term, expected = along(supernet, directions, architect) - outer, derivatives - outer
     assert np.abs(term - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_steps_of_the_paper_on_the_plain_network():
+    """Steps 1 to 6 written out for dictionaries of weights, with the r of the paper."""
+    rng = np.random.default_rng(6)
+    supernet, _, architect = make(rng)
+    train, valid = batch(rng), batch(rng)
+    w, alphas, v = supernet.weights(), supernet.alphas(), supernet.layout.named(supernet.store.get('velocity'))
+
+    def gradients(weights, images):
+        return plain.gradients(weights, alphas, *images, channels=2, layers=3)[2:]
+
+    g, _ = gradients(w, train)
+    u, outer = gradients({n: w[n] - XI * (MU * v[n] + g[n] + LAMBDA * w[n]) for n in w}, valid)
+    eps = 0.01 / np.sqrt(sum((each ** 2).sum() for each in u.values()))
+    _, plus = gradients({n: w[n] + eps * u[n] for n in w}, train)
+    _, minus = gradients({n: w[n] - eps * u[n] for n in w}, train)
+    architect.step(train, valid, lr=XI)
+    for name, gradient in architect.alpha_gradients().items():
+        expected = outer[name] - XI * (plus[name] - minus[name]) / (2 * eps)
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])

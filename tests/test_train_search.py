@@ -1,0 +1,239 @@
+"""The search as its user runs it: on the sample data, interrupted and resumed, and with bad input."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import genotypes
+import reader
+import train_search
+import trainer
+import utils
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = ['--dataset', 'fashion_mnist_sample', '--init_channels', '2', '--layers', '3', '--batch_size', '50',
+         '--train_portion', '0.8', '--use_gpu', 'False']
+
+
+def command(folder, *flags):
+    return [sys.executable, os.path.join(ROOT, 'train_search.py'), *SMALL, '--model_save_dir', str(folder), *flags]
+
+
+def search(folder, *flags):
+    return subprocess.run(command(folder, *flags), capture_output=True, text=True, cwd=str(folder.parent))
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / 'history.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def second_order(tmp_path_factory):
+    """A finished second-order search on the sample, -> (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp('run') / 'search'
+    done = search(folder, '--epochs', '2', '--report_freq', '8')
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_loss_falls_and_the_search_writes_what_it_found(second_order):
+    folder, _ = second_order
+    first, last = history(folder)
+    assert last['train_loss'] < first['train_loss'] < np.log(10)
+    assert last['valid_top1'] > 0.3
+    assert [first['epoch'], last['epoch']] == [1, 2] and first['lr'] == 0.025
+    assert last['lr'] == pytest.approx(0.001 + 0.024 / 2)
+    for kind in ('normal', 'reduce'):
+        weights = np.array(last[f'alphas_{kind}'])
+        assert weights.shape == (14, 8) and np.allclose(weights.sum(axis=1), 1)
+        assert not np.array_equal(weights, first[f'alphas_{kind}'])
+    genotype = genotypes.load(str(folder / 'genotype.json'))
+    assert genotypes.check(last['genotype']) == genotype
+    args = json.loads((folder / 'args.json').read_text())
+    assert (args['batch_size'], args['momentum'], args['unrolled'], args['class_num']) == (50, 0.9, True, 10)
+    assert 'epoch 2 step 32/32' in (folder / 'log.txt').read_text()
+
+
+def test_what_it_prints(second_order):
+    _, output = second_order
+    lines = output.splitlines()
+    assert re.fullmatch(r'device: CPU \(\d+ cores\), Paddle \d+\.\d+\.\d+', lines[0])
+    assert re.fullmatch(r'param size = 0\.\d{6}MB', lines[1])
+    assert re.fullmatch(r'graph ready in \d+\.\d s \(\d+ operators\)', lines[2])
+    assert re.search(r'epoch 1 step 8/32: loss \d\.\d{4}, top-1 .* %, top-5 .* %, lr 0\.025', output)
+    for expected in ('softmax of alphas_normal', 'softmax of alphas_reduce', 'dil_conv_5x5', 'genotype = Genotype(',
+                     'validation loss', 'waiting for input'):
+        assert expected in output
+
+
+def test_first_order(tmp_path, second_order):
+    done = search(tmp_path / 'search', '--epochs', '2', '--unrolled', 'False')
+    assert done.returncode == 0, done.stderr
+    first, last = history(tmp_path / 'search')
+    assert last['train_loss'] < first['train_loss'] < np.log(10)
+    # The same images and initial weights, another gradient of alpha.
+    assert first['alphas_normal'] != history(second_order[0])[0]['alphas_normal']
+
+
+def checkpoint(folder):
+    """What the last checkpoint of a folder holds, with what time alone decides taken out."""
+    name = sorted(name for name in os.listdir(folder) if name.startswith('checkpoint-'))[-1]
+    about, state = trainer.read_checkpoint(os.path.join(folder, name))
+    about['meter'].pop('seconds')
+    return name, about, {key: array.tobytes() for key, array in state.items()}
+
+
+def without_seconds(folder):
+    return [{key: value for key, value in line.items() if key != 'seconds'} for line in history(folder)]
+
+
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, second_order):
+    uninterrupted, _ = second_order
+    folder = tmp_path / 'search'
+    process = subprocess.Popen(command(folder, '--epochs', '2', '--report_freq', '5'), cwd=str(tmp_path),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if 'step 5/32' in line:
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    stopped_at = checkpoint(folder)[1]
+    assert stopped_at['epoch'] == 0 and 5 <= stopped_at['step'] < 32
+    done = search(folder, '--epochs', '2', '--resume', '--num_workers', '0')
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(folder) == checkpoint(uninterrupted)
+    assert without_seconds(folder) == without_seconds(uninterrupted)
+
+
+class Crash(Exception):
+    pass
+
+
+def tiny_search(folder, resume=False, crash_after=None, **changes):
+    """A search of two epochs with three steps each on 40 random images, in this process."""
+    flags = ['--model_save_dir', str(folder), '--epochs', '2', '--batch_size', '6', '--init_channels', '2',
+             '--layers', '3', '--save_freq', '2', '--use_gpu', 'False'] + ['--resume'] * resume
+    for name, value in changes.items():
+        flags += [f'--{name}', str(value)]
+    args = train_search.parse_args(flags)
+    args.class_num = 10
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 3, 32, 32), 'uint8'), np.arange(40) % 10
+    data = reader.Dataset('random', 10, tuple('0123456789'), images, labels, images, labels,
+                          np.full(3, 0.5, 'float32'), np.full(3, 0.25, 'float32'))
+    run = trainer.Run(args)
+    task = train_search.Search(args, data, run, utils.find_place(False))
+    step, done = task.train_step, []
+
+    def crashing_step(batch, epoch):
+        if len(done) == crash_after:
+            raise Crash
+        done.append(None)
+        return step(batch, epoch)
+
+    task.train_step = crashing_step
+    trainer.train(task, run, args)
+    return len(done)
+
+
+@pytest.mark.parametrize('crash_after', [0, 1, 2, 3, 4, 5])
+def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, crash_after):
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    assert tiny_search(whole) == 6
+    with pytest.raises(Crash):
+        tiny_search(broken, crash_after=crash_after)
+    # Checkpoints stand before step 1, after 2 and at the end of the epoch.
+    assert tiny_search(broken, resume=True) == 6 - {0: 0, 1: 0, 2: 2, 3: 3, 4: 3, 5: 5}[crash_after]
+    assert checkpoint(broken) == checkpoint(whole)
+    assert without_seconds(broken) == without_seconds(whole)
+    assert len([name for name in os.listdir(broken) if name.startswith('checkpoint-')]) == 2
+
+
+def test_a_seed_repeats_itself_and_another_does_not(tmp_path):
+    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
+        tiny_search(tmp_path / name, seed=seed)
+    assert checkpoint(tmp_path / 'a') == checkpoint(tmp_path / 'b')
+    assert checkpoint(tmp_path / 'a')[2]['alphas'] != checkpoint(tmp_path / 'c')[2]['alphas']
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
+    tiny_search(tmp_path / 'whole')
+    folder = tmp_path / 'damaged'
+    with pytest.raises(Crash):
+        tiny_search(folder, crash_after=5)
+    names = sorted(name for name in os.listdir(folder) if name.startswith('checkpoint-'))
+    content = bytearray((folder / names[-1]).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / names[-1]).write_bytes(content)
+    assert tiny_search(folder, resume=True) == 3
+    assert f'{names[-1]} is damaged' in capsys.readouterr().out
+    assert checkpoint(folder) == checkpoint(tmp_path / 'whole')
+
+    for name in (name for name in os.listdir(folder) if name.startswith('checkpoint-')):
+        os.truncate(folder / name, 1000)
+    with pytest.raises(utils.UserError, match='none of the checkpoints'):
+        tiny_search(folder, resume=True)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_differences(tmp_path):
+    with pytest.raises(Crash):
+        tiny_search(tmp_path / 'run', crash_after=1)
+    with pytest.raises(utils.UserError, match=r'batch_size 6 there, 5 now; momentum 0.9 there, 0.5 now'):
+        tiny_search(tmp_path / 'run', resume=True, batch_size=5, momentum=0.5)
+    with pytest.raises(utils.UserError, match='holds a run already'):
+        tiny_search(tmp_path / 'run')
+    with pytest.raises(utils.UserError, match='no checkpoint'):
+        tiny_search(tmp_path / 'other', resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(utils.UserError, match=r'loss is (nan|inf) at step \d of epoch \d.*last good checkpoint'):
+        tiny_search(tmp_path / 'run', learning_rate=1e30, unrolled=False, grad_clip=1e30)
+
+
+@pytest.mark.parametrize('flags, reason', [
+    (['--dataset', 'imagenet'], "argument --dataset: invalid choice: 'imagenet'"),
+    (['--batch_size', '0'], 'argument --batch_size'),
+    (['--batch_size', 'many'], 'argument --batch_size'),
+    (['--learning_rate', 'nan'], 'argument --learning_rate'),
+    (['--epochs', '-1'], 'argument --epochs'),
+    (['--unrolled', 'maybe'], "argument --unrolled: 'maybe' is neither True nor False"),
+    (['--train_portion', '1.5'], 'argument --train_portion'),
+    (['--layer', '2'], 'layers is 2'),                               # abbreviated, as argparse allows
+    (['--init_channels', '5'], 'init_channels is 5'),
+    (['--class_num', '7'], '--class_num 7: fashion_mnist_sample has 10 classes'),
+    (['--batch_size', '5000'], '5000'),
+    (['--data', 'nowhere', '--dataset', 'fashion_mnist_sample'], 'nowhere'),
+    (['--resume'], 'no checkpoint in'),
+])
+def test_bad_input_ends_in_one_line(tmp_path, flags, reason):
+    done = search(tmp_path / 'search', *flags)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and 'Traceback' not in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_said(tmp_path):
+    import paddle
+    if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        pytest.skip('there is a GPU')
+    done = search(tmp_path / 'search', '--use_gpu', 'True')
+    assert done.returncode == 2 and 'finds no GPU' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / 'file').write_text('')
+    done = search(tmp_path / 'file' / 'search')
+    assert done.returncode == 2 and 'cannot write to' in done.stderr
+
+
+def test_waiting_for_input_is_measured():
+    """A reader that takes as long as the step is seen in the progress, not hidden."""
+    started = time.time()
+    assert list(reader.prefetch(lambda step: step * step, range(5), 2)) == [0, 1, 4, 9, 16]
+    assert time.time() - started < 5
