@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -232,8 +231,3 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     assert done.returncode == 2 and 'cannot write to' in done.stderr
 
 
-def test_waiting_for_input_is_measured():
-    """A reader that takes as long as the step is seen in the progress, not hidden."""
-    started = time.time()
-    assert list(reader.prefetch(lambda step: step * step, range(5), 2)) == [0, 1, 4, 9, 16]
-    assert time.time() - started < 5

@@ -1,0 +1,45 @@
+"""Makes dataset/fashion_mnist_sample: the first images of each class of Fashion-MNIST, in its file format.
+
+    python scripts/make_sample.py --source FOLDER      # a folder with the four original files
+"""
+import gzip
+import os
+import struct
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import reader
+import utils
+
+
+def first_of_each_class(labels, count):
+    """The indices of the first `count` images of each class, in their order."""
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(10)]))
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f'>{array.ndim}I', *array.shape)
+    with open(path, 'wb') as file, gzip.GzipFile('', 'wb', 9, file, mtime=0) as packed:
+        packed.write(header + array.tobytes())
+
+
+def main():
+    parser = utils.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('--source', default='/usr/share/datasets/fashion-mnist',
+                        help='folder with the four original files (%(default)s, of the Debian package)')
+    source = parser.parse_args().source
+    target = reader.default_folder('fashion_mnist_sample')
+    os.makedirs(target, exist_ok=True)
+    for half, count in (('train', 200), ('t10k', 50)):
+        names = [f'{half}-images-idx3-ubyte.gz', f'{half}-labels-idx1-ubyte.gz']
+        images, labels = (reader.read_idx(os.path.join(source, name), n) for name, n in zip(names, (3, 1)))
+        chosen = first_of_each_class(labels, count)
+        for name, array in zip(names, (images, labels)):
+            write_idx(os.path.join(target, name), array[chosen])
+
+
+if __name__ == '__main__':
+    utils.run(main)
