@@ -163,6 +163,7 @@ def read_checkpoint(path):
 def start_log(path=None):
     """Sends log lines to the console, past the progress bar, and to the file `path`."""
     log.setLevel(logging.INFO)
+    log.propagate = False            # Paddle gives the root logger a handler of its own
     log.handlers = [_Console()]
     if path:
         handler = logging.FileHandler(path, encoding='utf-8')

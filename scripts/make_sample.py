@@ -26,19 +26,22 @@ def write_idx(path, array):
         packed.write(header + array.tobytes())
 
 
-def main():
-    parser = utils.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument('--source', default='/usr/share/datasets/fashion-mnist',
-                        help='folder with the four original files (%(default)s, of the Debian package)')
-    source = parser.parse_args().source
-    target = reader.default_folder('fashion_mnist_sample')
+def make(source, target, train, test):
+    """Writes the first `train` and `test` images of each class of the four files in `source` to `target`."""
     os.makedirs(target, exist_ok=True)
-    for half, count in (('train', 200), ('t10k', 50)):
+    for half, count in (('train', train), ('t10k', test)):
         names = [f'{half}-images-idx3-ubyte.gz', f'{half}-labels-idx1-ubyte.gz']
         images, labels = (reader.read_idx(os.path.join(source, name), n) for name, n in zip(names, (3, 1)))
         chosen = first_of_each_class(labels, count)
         for name, array in zip(names, (images, labels)):
             write_idx(os.path.join(target, name), array[chosen])
+
+
+def main():
+    parser = utils.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('--source', default='/usr/share/datasets/fashion-mnist',
+                        help='folder with the four original files (%(default)s, of the Debian package)')
+    make(parser.parse_args().source, reader.default_folder('fashion_mnist_sample'), train=200, test=50)
 
 
 if __name__ == '__main__':
