@@ -110,15 +110,13 @@ class FactorizedReduce:
         return self.norm(self.convolve(x), scale)
 
 
-class DilConv:
-    """Depthwise k x k with dilation 2, pointwise, BN, on a rectified input [N, n * C, H, W]."""
+class SeparableConv:
+    """Depthwise k x k, pointwise, BN, on a rectified input [N, n * C, H, W]."""
 
-    dilation = 2
-
-    def __init__(self, layout, prefixes, channels, kernel, stride, affine, first=1):
+    def __init__(self, layout, prefixes, channels, kernel, stride, affine, dilation, first):
         """first: the number of the depthwise convolution in the names of the authors' code."""
-        self.edges, self.channels, self.stride = len(prefixes), channels, stride
-        self.padding = self.dilation * (kernel - 1) // 2
+        self.edges, self.channels = len(prefixes), channels
+        self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel // 2)
         self.depthwise = layout.declare(
             [f'{p}.op.{first}.weight' for p in prefixes], [channels, 1, kernel, kernel])
         self.pointwise = layout.declare(
@@ -131,18 +129,19 @@ class DilConv:
         return self.norm(conv(x, self.pointwise, groups=self.edges), scale)
 
 
-class SeparableStage(DilConv):
-    """One of the two halves of a SepConv."""
+class DilConv(SeparableConv):
+    """A separable convolution with dilation 2, on a rectified input."""
 
-    dilation = 1
+    def __init__(self, layout, prefixes, channels, kernel, stride, affine):
+        super().__init__(layout, prefixes, channels, kernel, stride, affine, dilation=2, first=1)
 
 
 class SepConv:
-    """Depthwise k x k, pointwise, BN, ReLU and the same with stride 1, on a rectified input."""
+    """Two separable convolutions, the second with stride 1 behind a ReLU, on a rectified input."""
 
     def __init__(self, layout, prefixes, channels, kernel, stride, affine):
-        self.first = SeparableStage(layout, prefixes, channels, kernel, stride, affine, first=1)
-        self.second = SeparableStage(layout, prefixes, channels, kernel, 1, affine, first=5)
+        self.first = SeparableConv(layout, prefixes, channels, kernel, stride, affine, dilation=1, first=1)
+        self.second = SeparableConv(layout, prefixes, channels, kernel, 1, affine, dilation=1, first=5)
 
     def __call__(self, x, scale=None):
         return self.second(F.relu(self.first(x)), scale)

@@ -45,18 +45,17 @@ def history(folder):
 def second_order(tmp_path_factory, data):
     """A finished second-order search on the sample, -> (folder, what it printed)."""
     folder = tmp_path_factory.mktemp('run') / 'search'
-    done = search(folder, '--data', str(data), '--epochs', '3', '--report_freq', '4')
+    done = search(folder, '--data', str(data), '--epochs', '2', '--report_freq', '4')
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
 
 def test_the_loss_falls_and_the_search_writes_what_it_found(second_order):
     folder, _ = second_order
-    first, second, last = history(folder)
-    assert last['train_loss'] < second['train_loss'] < first['train_loss']
-    assert last['valid_top1'] > 0.15
-    assert [first['epoch'], last['epoch']] == [1, 3] and first['lr'] == 0.025
-    assert second['lr'] == pytest.approx(0.001 + 0.024 * 3 / 4)
+    first, last = history(folder)
+    assert last['train_loss'] < first['train_loss'] - 0.05
+    assert [first['epoch'], last['epoch']] == [1, 2] and first['lr'] == 0.025
+    assert last['lr'] == pytest.approx(0.001 + 0.024 / 2)
     for kind in ('normal', 'reduce'):
         weights = np.array(last[f'alphas_{kind}'])
         assert weights.shape == (14, 8) and np.allclose(weights.sum(axis=1), 1)
@@ -65,7 +64,7 @@ def test_the_loss_falls_and_the_search_writes_what_it_found(second_order):
     assert genotypes.check(last['genotype']) == genotype
     args = json.loads((folder / 'args.json').read_text())
     assert (args['batch_size'], args['momentum'], args['unrolled'], args['class_num']) == (10, 0.9, True, 10)
-    assert 'epoch 3 step 12/12' in (folder / 'log.txt').read_text()
+    assert 'epoch 2 step 12/12' in (folder / 'log.txt').read_text()
 
 
 def test_what_it_prints(second_order):
@@ -81,10 +80,10 @@ def test_what_it_prints(second_order):
 
 
 def test_first_order(tmp_path, data, second_order):
-    done = search(tmp_path / 'search', '--data', str(data), '--epochs', '3', '--unrolled', 'False')
+    done = search(tmp_path / 'search', '--data', str(data), '--epochs', '2', '--unrolled', 'False')
     assert done.returncode == 0, done.stderr
-    first, second, last = history(tmp_path / 'search')
-    assert last['train_loss'] < second['train_loss'] < first['train_loss']
+    first, last = history(tmp_path / 'search')
+    assert last['train_loss'] < first['train_loss'] - 0.05
     # The same images and initial weights, another gradient of alpha.
     assert first['alphas_normal'] != history(second_order[0])[0]['alphas_normal']
 
@@ -104,15 +103,15 @@ def without_seconds(folder):
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, data, second_order):
     uninterrupted, _ = second_order
     folder = tmp_path / 'search'
-    flags = ['--data', str(data), '--epochs', '3']
+    flags = ['--data', str(data), '--epochs', '2']
     process = subprocess.Popen(command(folder, *flags, '--report_freq', '5'), stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
-        if 'epoch 2 step 5/12' in line:
+        if 'epoch 1 step 5/12' in line:
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     stopped_at = checkpoint(folder)[1]
-    assert stopped_at['epoch'] == 1 and 5 <= stopped_at['step'] < 12
+    assert stopped_at['epoch'] == 0 and 5 <= stopped_at['step'] < 12
     done = search(folder, *flags, '--resume', '--num_workers', '0')
     assert done.returncode == 0, done.stderr
     assert checkpoint(folder) == checkpoint(uninterrupted)
@@ -150,28 +149,34 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
     return len(done)
 
 
-@pytest.mark.parametrize('crash_after', [0, 1, 2, 3, 4, 5])
-def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, crash_after):
-    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-    assert tiny_search(whole) == 6
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted tiny_search."""
+    folder = tmp_path_factory.mktemp('whole')
+    assert tiny_search(folder) == 6
+    return folder
+
+
+@pytest.mark.parametrize('crash_after', [0, 1, 2, 3, 5])       # at a boundary of epochs: 0 and 3
+def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, whole, crash_after):
+    broken = tmp_path / 'broken'
     with pytest.raises(Crash):
         tiny_search(broken, crash_after=crash_after)
     # Checkpoints stand before step 1, after 2 and at the end of the epoch.
-    assert tiny_search(broken, resume=True) == 6 - {0: 0, 1: 0, 2: 2, 3: 3, 4: 3, 5: 5}[crash_after]
+    assert tiny_search(broken, resume=True) == 6 - {0: 0, 1: 0, 2: 2, 3: 3, 5: 5}[crash_after]
     assert checkpoint(broken) == checkpoint(whole)
     assert without_seconds(broken) == without_seconds(whole)
     assert len([name for name in os.listdir(broken) if name.startswith('checkpoint-')]) == 2
 
 
-def test_a_seed_repeats_itself_and_another_does_not(tmp_path):
-    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
-        tiny_search(tmp_path / name, seed=seed)
-    assert checkpoint(tmp_path / 'a') == checkpoint(tmp_path / 'b')
-    assert checkpoint(tmp_path / 'a')[2]['alphas'] != checkpoint(tmp_path / 'c')[2]['alphas']
+def test_a_seed_repeats_itself_and_another_does_not(tmp_path, whole):
+    for seed in (0, 1):
+        tiny_search(tmp_path / str(seed), seed=seed)
+    assert checkpoint(tmp_path / '0') == checkpoint(whole)
+    assert checkpoint(tmp_path / '1')[2]['alphas'] != checkpoint(whole)[2]['alphas']
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys):
-    tiny_search(tmp_path / 'whole')
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole, capsys):
     folder = tmp_path / 'damaged'
     with pytest.raises(Crash):
         tiny_search(folder, crash_after=5)
@@ -181,7 +186,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     (folder / names[-1]).write_bytes(content)
     assert tiny_search(folder, resume=True) == 3
     assert f'{names[-1]} is damaged' in capsys.readouterr().out
-    assert checkpoint(folder) == checkpoint(tmp_path / 'whole')
+    assert checkpoint(folder) == checkpoint(whole)
 
     for name in (name for name in os.listdir(folder) if name.startswith('checkpoint-')):
         os.truncate(folder / name, 1000)
