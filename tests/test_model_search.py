@@ -6,6 +6,7 @@ import pytest
 
 import model_search
 import plain
+import plain_numpy
 from architect import Architect
 from model_search import Supernet
 from parameters import MomentumSGD
@@ -51,6 +52,16 @@ def test_loss_and_all_gradients_equal_the_edge_by_edge_network(channels, layers,
     assert min(np.abs(gradient).max() for gradient in ours.weights.values()) > 0
     # none (column 0) has a gradient too, through the softmax.
     assert all((np.abs(gradient) > 0).all() for gradient in ours.alphas.values())
+
+
+@pytest.mark.parametrize('channels, layers', [(2, 3), (4, 6)])
+def test_loss_and_accuracy_equal_those_computed_in_numpy(channels, layers):
+    supernet, weights, alphas, batch = make(channels, layers, seed=1)
+    logits = plain_numpy.numpy_forward(weights, alphas['alphas_normal'], alphas['alphas_reduce'], batch[0],
+                                       channels, layers, epsilon=plain.EPSILON)
+    evaluation = supernet.evaluate(*batch)
+    assert evaluation.loss == pytest.approx(plain_numpy.cross_entropy(logits, batch[1]), abs=1e-10)
+    assert evaluation[1:] == pytest.approx(plain_numpy.accuracies(logits, batch[1]))
 
 
 def test_permuted_edges_and_operations():
