@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from reader import prefetch
-from utils import UserError
+from utils import UserError, peak_memory
 
 log = logging.getLogger('darts')
 
@@ -207,6 +207,11 @@ class _Stop:
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
+    def exit(self, where):
+        """Ends the process as the signal asked for; a checkpoint has been saved."""
+        log.info(f"stopped {where}; --resume continues from here")
+        sys.exit(128 + self.signal)
+
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -221,7 +226,8 @@ def train(task, run, args):
         run.save(task.state(), epoch, step, meter)
     with _Stop() as stop:
         while epoch < args.epochs:
-            started, waited = time.time() - meter.seconds, 0.0
+            began, waited = time.time(), 0.0
+            started = began - meter.seconds              # of the epoch, before a resume too
             batches = prefetch(lambda s: task.batch(epoch, s), range(step, task.steps), args.num_workers)
             with Progress(args.batch_size, total=task.steps, initial=step,
                           desc=f'epoch {epoch + 1}/{args.epochs}') as bar:
@@ -246,15 +252,17 @@ def train(task, run, args):
                         run.save(task.state(), epoch, step, meter)
                     if stop.signal:
                         bar.close()
-                        log.info(f"stopped after step {step} of epoch {epoch + 1}; --resume continues from here")
-                        sys.exit(128 + stop.signal)
+                        stop.exit(f"after step {step} of epoch {epoch + 1}")
+            waiting = 100 * waited / (time.time() - began)
             validation = task.finish_epoch(epoch)
-            log.info(f"epoch {epoch + 1}: {100 * waited / (time.time() - started):.1f} % of the time "
-                     "was spent waiting for input")
+            log.info(f"epoch {epoch + 1}: {waiting:.1f} % of the training time was spent waiting for input, "
+                     f"peak memory {peak_memory():.2f} GB")
             run.add_history(dict(epoch=epoch + 1, lr=task.learning_rate(epoch), **meter.means('train'), **validation,
                                  seconds=round(time.time() - started, 3)))
             epoch, step, meter = epoch + 1, 0, Meter()
             run.save(task.state(), epoch, step, meter)
+            if stop.signal and epoch < args.epochs:
+                stop.exit(f"after epoch {epoch}")
 
 
 def report(epoch, step, task, meter):

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import resource
 import sys
 import time
 import warnings
@@ -115,12 +116,13 @@ def announce(log, place):
     if isinstance(place, paddle.CUDAPlace):
         device = f"GPU {place.get_device_id()} ({paddle.device.cuda.get_device_name(place.get_device_id())})"
     else:
-        device = f"CPU ({len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores)"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        device = f"CPU ({cores} cores)"
     log.info(f"device: {device}, Paddle {paddle.__version__}")
 
 
 # ---------------------------------------------------------------------------------------------------
-# Time and schedules
+# Time, memory and schedules
 
 _imported = time.time()
 
@@ -133,6 +135,12 @@ def seconds_since_start():
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf('SC_CLK_TCK')
     except (OSError, AttributeError, ValueError):
         return time.time() - _imported
+
+
+def peak_memory():
+    """The most memory that the process has held so far, in GB."""
+    unit = 1 if sys.platform == 'darwin' else 1024          # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def cosine(epoch, epochs, start, end=0.0):
