@@ -109,6 +109,7 @@ def format_mixing_weights(name, table):
 def main():
     args = parse_args()
     place = utils.find_place(args.use_gpu)
+    trainer.start_log()
     data = reader.load(args.dataset, args.data)
     if args.class_num not in (None, data.class_num):
         raise utils.UserError(f"--class_num {args.class_num}: {args.dataset} has {data.class_num} classes")
