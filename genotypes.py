@@ -67,7 +67,7 @@ GENOTYPES = {'NASNet': NASNet, 'AmoebaNet': AmoebaNet, 'DARTS_V1': DARTS_V1, 'DA
 
 
 def load(name):
-    """The genotype with a name of GENOTYPES, or of a genotype.json (as `save` writes it).
+    """The genotype with a name of GENOTYPES, or of a genotype.json (what `dumps` gives).
 
     Raises UserError for a name that is neither, and for a file that holds no valid genotype.
     """
@@ -84,14 +84,8 @@ def load(name):
         raise UserError(f"{name} holds no genotype: {error}") from None
 
 
-def save(genotype, path):
-    """Writes a genotype as JSON: its four fields, edges as [operation, state]."""
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(dumps(genotype) + '\n')
-
-
 def dumps(genotype):
-    """A genotype as one line of JSON."""
+    """A genotype as one line of JSON: its four fields, edges as [operation, state]."""
     return json.dumps(genotype._asdict())
 
 
