@@ -14,8 +14,8 @@ import paddle.nn.functional as F
 
 from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES, derive, softmax
 from operations import (BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, avg_pool, batch_norm, conv,
-                        max_pool, tile)
-from parameters import Blocks, Function, Layout, Store
+                        linear, max_pool, tile)
+from parameters import Blocks, Evaluation, FlatNetwork, Function, Layout
 from utils import UserError
 
 # The columns of alpha, in the order of PRIMITIVES.
@@ -26,7 +26,6 @@ STATE_GROUPS = ((0, 1), (2,), (3,), (4,))
 
 CELL_KINDS = ('normal', 'reduce')           # the first axis of alphas
 
-Evaluation = namedtuple('Evaluation', 'loss top1 top5')
 Gradients = namedtuple('Gradients', 'loss top1 top5 weights alphas')
 
 
@@ -116,7 +115,7 @@ class Cell:
         return paddle.concat(nodes, axis=1)
 
 
-class Supernet:
+class Supernet(FlatNetwork):
     """The supernet on one device, with its weights and its alpha.
 
     channels: C of the first cell, even; classes; layers: cells, at least 3; dtype: 'float32' or
@@ -168,8 +167,8 @@ class Supernet:
                             "FactorizedReduce makes its output of two halves")
         if image_size < 4 or image_size % 4:
             raise UserError(f"images of {image_size} x {image_size} cannot be halved twice")
-        self.classes, self.image_size = classes, image_size
-        self.layout, self.mixing = Layout(), Blocks()
+        super().__init__(classes, image_size, Layout())
+        self.mixing = Blocks()
         c_prev_prev = c_prev = 3 * channels
         self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
         self.stem_norm = BatchNorm(self.layout, ['stem.1'], c_prev, affine=True)
@@ -183,31 +182,22 @@ class Supernet:
             c_prev_prev, c_prev, reduction_prev = c_prev, NODES * channels, reduction
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
-        self.layout.seal()
         self.mixing.seal()
         self.mixing_source = np.empty(self.mixing.size, 'int32')
         for block in self.mixing.blocks:
             self.mixing_source[block.offset:block.offset + block.size] = block.source
 
-        self.store = Store(place or paddle.CPUPlace(), dtype)
         rng = np.random.default_rng(seed)
-        self.store.set('theta', self.layout.initial(rng, dtype))
+        self._place(place, dtype, rng)
         self.store.set('alphas', rng.normal(0, 1e-3, (2, EDGES, len(PRIMITIVES))))
-        self.store.set('gradient', np.zeros(self.size))
         self.store.set('alpha_gradient', np.zeros((2, EDGES, len(PRIMITIVES))))
         self._run = Function(self.store, lambda: self._build(gradients=True))
         self._evaluate = Function(self.store, lambda: self._build(gradients=False))
 
-    @property
-    def size(self):
-        """The number of weights, alpha not counted."""
-        return self.layout.size
-
     def _build(self, gradients):
         """The program of the supernet; returns [loss, top-1, top-5]."""
-        store, size = self.store, self.image_size
-        images = store.input('images', [None, 3, size, size])
-        labels = store.input('labels', [None, 1], 'int64')
+        store = self.store
+        images, labels = self._inputs()
         theta, alphas = store.variable('theta', trainable=True), store.variable('alphas', trainable=True)
         logits = self._logits(images, theta, alphas)
         loss = F.cross_entropy(logits, labels)
@@ -215,7 +205,7 @@ class Supernet:
             gradient, alpha_gradient = paddle.static.gradients([loss], [theta, alphas])
             store.assign('gradient', gradient)
             store.assign('alpha_gradient', alpha_gradient)
-        return [loss] + [paddle.static.accuracy(logits, labels, k=min(k, self.classes)) for k in (1, 5)]
+        return [loss, *self._accuracies(logits, labels)]
 
     def _logits(self, images, theta, alphas):
         self.layout.unpack(theta)
@@ -224,17 +214,7 @@ class Supernet:
         s0 = s1 = self.stem_norm(conv(images, self.stem, padding=1))
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1)
-        features = paddle.mean(s1, axis=[2, 3])
-        return paddle.matmul(features, self.classifier.tensor, transpose_y=True) + self.classifier_bias.tensor
-
-    def feed(self, images, labels):
-        """A batch on the device, to be given to `run` as often as needed.
-
-        images: [N, 3, H, W], normalised; labels: [N, 1] or [N], class numbers.
-        """
-        labels = np.asarray(labels, 'int64').reshape(-1, 1)
-        return {'images': self.store.tensor(np.asarray(images, self.store.dtype)),
-                'labels': self.store.tensor(labels)}
+        return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias)
 
     def run(self, feed):
         """Loss and gradients of a batch from `feed`; the gradients stay on the device."""
@@ -249,14 +229,6 @@ class Supernet:
         evaluation = self.run(self.feed(images, labels))
         return Gradients(*evaluation, self.layout.named(self.store.get('gradient')),
                          by_cell_kind(self.store.get('alpha_gradient')))
-
-    def weights(self):
-        """All weights, {name: array}."""
-        return self.layout.named(self.store.get('theta'))
-
-    def set_weights(self, weights):
-        """Sets the weights that {name: array} names; UserError for an unknown name or a wrong shape."""
-        self.store.set('theta', self.layout.flat(weights, self.store.get('theta')))
 
     def alphas(self):
         """{'alphas_normal': [14, 8], 'alphas_reduce': [14, 8]}, before the softmax."""

@@ -3,9 +3,9 @@
 Every class here declares its weights when it is made and builds its operators when it is called. It
 stands for n edges at once: `prefixes` names them, its input is [N, n * C, H, W] with edge e in the
 channels e * C to (e + 1) * C, and its output is laid out alike. The supernet batches all edges that
-leave a state this way; a discrete network has n = 1. It is the same function as n separate
-operations, in a fraction of the operators: a depthwise convolution and a batch normalisation treat
-every channel on its own, and a pointwise convolution becomes a grouped one.
+leave a state this way; a discrete network has n = 1 (see `operation`). It is the same function as n
+separate operations, in a fraction of the operators: a depthwise convolution and a batch normalisation
+treat every channel on its own, and a pointwise convolution becomes a grouped one.
 """
 import paddle
 import paddle.nn.functional as F
@@ -13,11 +13,20 @@ import paddle.nn.functional as F
 from parameters import constant
 
 BN_EPSILON = 1e-5
+BN_MOMENTUM = 0.9                # of running statistics, in Paddle's sense: the part that is kept
 
 
 def conv(x, weight, stride=1, padding=0, dilation=1, groups=1):
     """x [N, C, H, W], weight a Block of [out, C / groups, k, k]; no bias."""
-    return F.conv2d(x, weight.tensor, None, stride, padding, dilation, groups)
+    x = F.conv2d(x, weight.tensor, None, stride, padding, dilation, groups)
+    weight.uses += x.shape[2] * x.shape[3]
+    return x
+
+
+def linear(x, weight, bias):
+    """x [N, features], weight and bias Blocks of [classes, features] and [classes] -> [N, classes]."""
+    weight.uses += 1
+    return paddle.matmul(x, weight.tensor, transpose_y=True) + bias.tensor
 
 
 def tile(x, count):
@@ -51,15 +60,26 @@ def batch_norm(x, scale=None, shift=None):
 
 
 class BatchNorm:
-    """Batch normalisation of n edges of C channels; affine: with a scale and a shift to be trained."""
+    """Batch normalisation of n edges of C channels; affine: with a scale and a shift to be trained.
+
+    Where the layout keeps running statistics, a program for training updates them and any other
+    normalises by them; elsewhere it is always the statistics of the batch.
+    """
 
     def __init__(self, layout, prefixes, channels, affine):
-        self.scale = self.shift = None
+        self.layout, self.scale, self.mean = layout, None, None
         if affine:
             self.scale = layout.declare([f'{p}.weight' for p in prefixes], [channels], value=1.0)
             self.shift = layout.declare([f'{p}.bias' for p in prefixes], [channels], value=0.0)
+        if layout.statistics:
+            self.mean = layout.statistics.declare([f'{p}.running_mean' for p in prefixes], [channels], value=0.0)
+            self.variance = layout.statistics.declare([f'{p}.running_var' for p in prefixes], [channels], value=1.0)
 
     def __call__(self, x, scale=None):
+        if self.mean is not None:
+            # While training, the operator writes the new statistics over the tensors that it is given.
+            return F.batch_norm(x, self.mean.tensor, self.variance.tensor, self.scale.tensor, self.shift.tensor,
+                                training=self.layout.training, momentum=BN_MOMENTUM, epsilon=BN_EPSILON)
         if self.scale is not None:
             return batch_norm(x, self.scale.tensor, self.shift.tensor)
         return batch_norm(x, scale)
@@ -145,3 +165,48 @@ class SepConv:
 
     def __call__(self, x, scale=None):
         return self.second(F.relu(self.first(x)), scale)
+
+
+class Conv7x1_1x7:
+    """Convolutions 1 x 7 and 7 x 1, BN, on a rectified input: an operation of AmoebaNet (arXiv 1802.01548)."""
+
+    def __init__(self, layout, prefixes, channels, stride, affine):
+        self.edges, self.stride = len(prefixes), stride
+        self.row = layout.declare([f'{p}.1.weight' for p in prefixes], [channels, channels, 1, 7])
+        self.column = layout.declare([f'{p}.2.weight' for p in prefixes], [channels, channels, 7, 1])
+        self.norm = BatchNorm(layout, [f'{p}.3' for p in prefixes], channels, affine)
+
+    def __call__(self, x, scale=None):
+        x = conv(x, self.row, [1, self.stride], [0, 3], groups=self.edges)
+        return self.norm(conv(x, self.column, [self.stride, 1], [3, 0], groups=self.edges), scale)
+
+
+def operation(name, layout, prefix, channels, stride):
+    """The operation `name` on one edge of a discrete network: a function [N, C, H, W] -> the same shape
+    (stride 2: half of it); every BN has a scale and a shift."""
+    if name == 'max_pool_3x3':
+        return lambda x: max_pool(x, stride)
+    if name == 'avg_pool_3x3':
+        return lambda x: avg_pool(x, stride)
+    if name == 'skip_connect':
+        if stride == 1:
+            return lambda x: x
+        return FactorizedReduce(layout, [prefix], channels, channels, affine=True)
+    if name == 'conv_7x1_1x7':
+        convolve = Conv7x1_1x7(layout, [prefix], channels, stride, affine=True)
+    else:
+        kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
+                        'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
+        convolve = kind(layout, [prefix], channels, kernel, stride, affine=True)
+    return lambda x: convolve(F.relu(x))
+
+
+def drop_path_masks(count, edges, keep):
+    """What drop path (arXiv 1605.07648) multiplies the outputs of edges by: for each a variable [count, 1, 1, 1].
+
+    An element is 1 / keep with probability keep, else 0: the expectation of a product is the factor. keep
+    is a variable [1]. The masks are drawn on the device from the generator that paddle.seed sets.
+    """
+    uniform = paddle.uniform([count, edges, 1, 1], dtype=keep.dtype, min=0.0, max=1.0)
+    masks = (uniform < keep).astype(keep.dtype) / keep
+    return paddle.split(masks, edges, axis=1) if edges > 1 else [masks]

@@ -6,6 +6,7 @@ names of the weights to slices of the vector; a `Store` keeps the named vectors 
 `Function` is a static program that reads and writes them.
 """
 import math
+from collections import namedtuple
 
 import numpy as np
 import paddle
@@ -18,7 +19,8 @@ paddle.enable_static()
 class Block:
     """n weights of equal shape [out, ...] that one batched operation uses as one tensor [n * out, ...].
 
-    `tensor` is the variable of the program under construction, set by `Blocks.unpack`.
+    `tensor` is the variable of the program under construction, set by `Blocks.unpack`; `uses` counts
+    there the positions of an image that the weights are multiplied at.
     """
 
     def __init__(self, count, shape):
@@ -26,7 +28,7 @@ class Block:
         self.rows, self.tail = count * self.shape[0], self.shape[1:]
         self.size = self.rows * math.prod(self.tail)
         self.offset = None
-        self.tensor = None
+        self.tensor, self.uses = None, 0
 
 
 class Blocks:
@@ -66,19 +68,35 @@ class Blocks:
             if tail:
                 family = paddle.reshape(family, [-1, *tail])
             for block, piece in zip(blocks, _split(family, [b.rows for b in blocks])):
-                block.tensor = piece
+                block.tensor, block.uses = piece, 0
+
+    def pack(self):
+        """The inverse of `unpack`: the vector [size] of all tensors as they are now."""
+        families = [_concat([block.tensor for block in blocks]) for blocks in self.families.values()]
+        return _concat([paddle.reshape(family, [-1]) if len(family.shape) > 1 else family for family in families])
 
 
 def _split(x, sizes):
     return paddle.split(x, sizes, axis=0) if len(sizes) > 1 else [x]
 
 
-class Layout(Blocks):
-    """The named weights of a network as slices of one vector theta."""
+def _concat(pieces):
+    return paddle.concat(pieces, axis=0) if len(pieces) > 1 else pieces[0]
 
-    def __init__(self):
+
+class Layout(Blocks):
+    """The named weights of a network as slices of one vector theta.
+
+    running_statistics: whether the network keeps means and variances for use after the training; they
+    have a vector and a layout of their own, `statistics` (None without). training: whether the program
+    under construction normalises by its batch and updates them.
+    """
+
+    def __init__(self, running_statistics=False):
         super().__init__()
         self._names = {}
+        self.statistics = Layout() if running_statistics else None
+        self.training = True
 
     def declare(self, names, shape, bound=None, value=0.0):
         """Declares len(names) weights of one shape, used together as one `Block`.
@@ -99,6 +117,21 @@ class Layout(Blocks):
     def shapes(self):
         """{name: shape} of all weights."""
         return {name: block.shape for name, (block, *_) in self._names.items()}
+
+    def count(self, without=()):
+        """The number of weights whose names do not start with `without`, a prefix or a tuple of them."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.startswith(without))
+
+    def multiply_adds(self, without=()):
+        """What convolutions and linear layers of the program built last multiply for one image."""
+        blocks = {id(block): block for name, (block, *_) in self._names.items() if not name.startswith(without)}
+        return sum(block.size * block.uses for block in blocks.values())
+
+    def create_parameters(self):
+        """Gives every block (of one weight each) a parameter of its own, named as the weight, as its tensor."""
+        for name, (block, *_) in self._names.items():
+            block.tensor, block.uses = paddle.static.create_parameter(
+                block.shape, 'float32', name=name, default_initializer=paddle.nn.initializer.Constant(0.0)), 0
 
     def slices(self):
         """Yields (name, slice of theta, shape)."""
@@ -269,6 +302,73 @@ def _is_copy(operator):
         return False
     factor = operator.operand_source(1).get_defining_op()
     return factor.name() == 'pd_op.full' and factor.attrs()['value'] == 1.0
+
+
+Evaluation = namedtuple('Evaluation', 'loss top1 top5')
+
+
+class FlatNetwork:
+    """What the supernet and the discrete networks have in common.
+
+    A network declares its weights in `layout`, then calls `_place`; from then on `store` holds the
+    vector theta, its gradient and, if there are any, the running statistics.
+    """
+
+    def __init__(self, classes, image_size, layout):
+        self.classes, self.image_size, self.layout = classes, image_size, layout
+
+    def _place(self, place, dtype, rng):
+        """Makes the store, with initial weights drawn from the numpy generator `rng`."""
+        self.layout.seal()
+        self.store = Store(place or paddle.CPUPlace(), dtype)
+        self.store.set('theta', self.layout.initial(rng, dtype))
+        self.store.set('gradient', np.zeros(self.size))
+        if self.layout.statistics:
+            self.store.set('statistics', self.layout.statistics.seal().initial(rng, dtype))
+
+    @property
+    def size(self):
+        """The number of weights (running statistics and alpha are none)."""
+        return self.layout.size
+
+    @property
+    def shapes(self):
+        """{name: shape} of all weights and running statistics."""
+        return dict(self.layout.shapes, **(self.layout.statistics.shapes if self.layout.statistics else {}))
+
+    def weights(self):
+        """All weights and running statistics, {name: array}."""
+        weights = self.layout.named(self.store.get('theta'))
+        if self.layout.statistics:
+            weights.update(self.layout.statistics.named(self.store.get('statistics')))
+        return weights
+
+    def set_weights(self, weights):
+        """Sets what {name: array} names; UserError for an unknown name or a wrong shape."""
+        kept = self.layout.statistics.shapes if self.layout.statistics else {}
+        trained = {name: array for name, array in weights.items() if name not in kept}
+        self.store.set('theta', self.layout.flat(trained, self.store.get('theta')))
+        if kept:
+            statistics = {name: array for name, array in weights.items() if name in kept}
+            self.store.set('statistics', self.layout.statistics.flat(statistics, self.store.get('statistics')))
+
+    def _inputs(self):
+        """The inputs of the program under construction: images [N, 3, H, W], labels [N, 1]."""
+        return (self.store.input('images', [None, 3, self.image_size, self.image_size]),
+                self.store.input('labels', [None, 1], 'int64'))
+
+    def _accuracies(self, logits, labels):
+        """Top-1 and top-5 accuracy (fractions) as variables."""
+        return [paddle.static.accuracy(logits, labels, k=min(k, self.classes)) for k in (1, 5)]
+
+    def feed(self, images, labels):
+        """A batch on the device, to be given to `run` as often as needed.
+
+        images: [N, 3, H, W], normalised; labels: [N, 1] or [N], class numbers.
+        """
+        labels = np.asarray(labels, 'int64').reshape(-1, 1)
+        return {'images': self.store.tensor(np.asarray(images, self.store.dtype)),
+                'labels': self.store.tensor(labels)}
 
 
 class MomentumSGD:

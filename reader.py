@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from utils import UserError
+from utils import UserError, boolean, number
 
 log = logging.getLogger('darts')
 
@@ -74,6 +74,17 @@ DATASETS = {
 }
 
 IMAGE_SIZE = 32
+
+
+def add_arguments(parser):
+    """The flags of every script that reads one of DATASETS."""
+    add = parser.add_argument
+    add('--dataset', default='cifar10', choices=sorted(DATASETS), help='(%(default)s)')
+    add('--data', default=None, help='folder of the data set (dataset/<its name>); downloaded there if missing')
+    add('--cutout', type=boolean, default=True, help='blank a random square of each image (%(default)s)')
+    add('--cutout_length', type=number(int, 1), default=16, help='side of the square (%(default)s)')
+
+
 # More is no data set but a trap: CIFAR unpacks to 186 MB, with 0.2 million opcodes in its largest pickle.
 LARGEST_FILE = 1 << 29           # bytes unpacked
 LARGEST_PICKLE = 1 << 21         # opcodes
@@ -513,7 +524,7 @@ def read_idx(path, dimensions):
 # Batches
 
 # The second part of what a random generator starts from, so that no two of them are the same.
-ORDER, AUGMENTATION, RANDOM_BATCH, SPLIT = range(4)
+ORDER, AUGMENTATION, RANDOM_BATCH, SPLIT, DROP_PATH = range(5)
 
 
 def split(count, train_portion, seed):

@@ -24,14 +24,11 @@ CHECKPOINTED = ('theta', 'velocity', 'alphas', 'adam_mean', 'adam_variance')
 def parse_args(argv=None):
     parser = utils.Parser(description="Search a convolutional cell with DARTS.")
     add = parser.add_argument
-    add('--dataset', default='cifar10', choices=sorted(reader.DATASETS), help='(%(default)s)')
-    add('--data', default=None, help='folder of the data set (dataset/<its name>); downloaded there if missing')
+    reader.add_arguments(parser)
     utils.add_common_arguments(parser, batch_size=64, learning_rate=0.025, weight_decay=3e-4, epochs=50,
                                init_channels=16, layers=8, model_save_dir='search', report_freq=50)
     add('--learning_rate_min', type=utils.number(float, 0), default=0.001,
         help='of the weights, at the end of the cosine (%(default)s)')
-    add('--cutout', type=utils.boolean, default=True, help='blank a random square of each image (%(default)s)')
-    add('--cutout_length', type=utils.number(int, 1), default=16, help='side of the square (%(default)s)')
     add('--train_portion', type=utils.number(float, 0, 1, open_low=True), default=0.5,
         help='part of the training images that trains the weights; the rest trains alpha (%(default)s)')
     add('--arch_learning_rate', type=utils.number(float, 0), default=3e-4, help="Adam's, of alpha (%(default)s)")
@@ -42,7 +39,7 @@ def parse_args(argv=None):
 
 
 class Search:
-    """The search as a task of trainer.train."""
+    """The search as a task of trainer.run_epochs."""
 
     def __init__(self, args, data, run, place):
         self.args, self.run = args, run
@@ -65,7 +62,7 @@ class Search:
     def batch(self, epoch, step):
         return self.train.batch(epoch, step), self.valid.random_batch(epoch, step)
 
-    def train_step(self, batch, epoch):
+    def train_step(self, batch, epoch, step):
         train, valid = (self.supernet.feed(*half) for half in batch)
         lr = self.learning_rate(epoch)
         self.architect.update(train, valid, lr)          # steps 1 to 6: alpha
@@ -74,15 +71,12 @@ class Search:
         return (*result, len(batch[0][1]))
 
     def finish_epoch(self, epoch):
-        batches = reader.prefetch(lambda step: self.valid.batch(0, step), range(len(self.valid)),
-                                  self.args.num_workers)
-        validation = trainer.evaluate(self.supernet, batches, len(self.valid), self.args.batch_size).means('valid')
+        validation = trainer.evaluate(self.supernet, self.valid, self.args).means('valid')
         weights, genotype = self.supernet.mixing_weights(), self.supernet.genotype()
         for name, table in weights.items():
             log.info(format_mixing_weights(name, table))
         log.info(f"genotype = {genotype}")
-        log.info(f"epoch {epoch + 1}: validation loss {validation['valid_loss']:.4f}, "
-                 f"top-1 {100 * validation['valid_top1']:.2f} %, top-5 {100 * validation['valid_top5']:.2f} %")
+        log.info(f"epoch {epoch + 1}: validation {trainer.as_text(validation, 'valid')}")
         self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
         return dict(validation, **{name: table.tolist() for name, table in weights.items()},
                     genotype=genotype._asdict())
@@ -111,16 +105,13 @@ def main():
     place = utils.find_place(args.use_gpu)
     trainer.start_log()
     data = reader.load(args.dataset, args.data)
-    if args.class_num not in (None, data.class_num):
-        raise utils.UserError(f"--class_num {args.class_num}: {args.dataset} has {data.class_num} classes")
-    args.class_num = data.class_num
+    args.class_num = utils.check_class_num(args.class_num, data)
     run = trainer.Run(args)
     utils.announce(log, place)
     search = Search(args, data, run, place)
     log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
-    search.supernet.store.warm_up()
-    log.info(f"graph ready in {utils.seconds_since_start():.1f} s ({search.supernet.store.operators} operators)")
-    trainer.train(search, run, args)
+    trainer.announce_graph(search.supernet.store)
+    trainer.run_epochs(search, run, args)
 
 
 if __name__ == '__main__':

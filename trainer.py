@@ -1,16 +1,18 @@
 """A run: its folder, its checkpoints and the loop, shared by the search and by both trainings.
 
+`Training` is the task of train.py and train_imagenet.py; the search has its own in train_search.py.
+
 A script describes what it trains as a task, an object with
 
     steps                       training steps an epoch
     batch(epoch, step)          the batch of a step; a pure function, called in background threads
-    train_step(batch, epoch)    one step, -> (loss, top-1, top-5, images)
+    train_step(batch, epoch, step)      -> (loss, top-1, top-5, images)
     learning_rate(epoch)
     finish_epoch(epoch)         validation and what else belongs to the end of an epoch,
                                 -> what it adds to the epoch's line in history.jsonl
     state(), load_state(state)  {name: array}, everything that a step changes
 
-and calls `train`. Batches are a function of (seed, epoch, step), so that a checkpoint needs no state of
+and calls `run_epochs`. Batches are a function of (seed, epoch, step), so that a checkpoint needs no state of
 a random generator to continue to the bit.
 """
 import json
@@ -24,13 +26,17 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from reader import prefetch
+import genotypes
+import utils
+from parameters import MomentumSGD
+from reader import DROP_PATH, prefetch
 from utils import UserError, peak_memory
 
 log = logging.getLogger('darts')
 
 # Flags that do not change what is computed: a run may be resumed with others.
-FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'resume'}
+FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'resume',
+              'arch', 'pretrained', 'eval_only'}          # the genotype itself is compared
 KEPT_CHECKPOINTS = 2
 
 
@@ -99,9 +105,8 @@ class Run:
     def save(self, state, epoch, step, meter):
         """Writes the checkpoint of the moment before (epoch, step) and drops all but the last two."""
         about = {'settings': self.settings, 'epoch': epoch, 'step': step, 'meter': vars(meter)}
-        arrays = dict(state, about=np.frombuffer(json.dumps(about).encode(), 'uint8'))
         try:
-            self.write(f'checkpoint-{epoch:04d}-{step:06d}.npz', lambda file: np.savez(file, **arrays))
+            self.write(f'checkpoint-{epoch:04d}-{step:06d}.npz', lambda file: write_arrays(file, about, state))
         except OSError as error:
             raise UserError(f"no checkpoint could be written to {self.folder}: {error.strerror or error}; "
                             "the one before is intact") from None
@@ -142,21 +147,48 @@ class Run:
         self.write('history.jsonl', ''.join(lines))
 
 
-def read_checkpoint(path):
-    """-> (about, {name: array}) of a checkpoint; ValueError when it is damaged.
+def read_arrays(path):
+    """-> (about, {name: array}) of an .npz that `Run` wrote; ValueError when it is damaged.
 
-    A checkpoint is an .npz of plain arrays (nothing in it is executed); zip's checksum of each is
-    verified in reading.
+    It holds plain arrays, nothing in it is executed; zip's checksum of each is verified in reading.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             state = {name: arrays[name] for name in arrays.files}
-        about = json.loads(state.pop('about').tobytes())
-        if set(about) != {'settings', 'epoch', 'step', 'meter'}:
-            raise ValueError("its description is incomplete")
-        return about, state
+        return json.loads(state.pop('about').tobytes()), state
     except Exception as error:         # zip, numpy and json fail in many ways on a damaged file
         raise ValueError(str(error) or type(error).__name__) from None
+
+
+def write_arrays(file, about, arrays):
+    """Writes {name: array}, and `about` (anything that JSON can hold), as an .npz."""
+    np.savez(file, **arrays, about=np.frombuffer(json.dumps(about).encode(), 'uint8'))
+
+
+def read_checkpoint(path):
+    """-> (about, {name: array}) of a checkpoint; ValueError when it is damaged."""
+    about, state = read_arrays(path)
+    if not isinstance(about, dict) or set(about) != {'settings', 'epoch', 'step', 'meter'}:
+        raise ValueError("its description is incomplete")
+    return about, state
+
+
+def read_weights(path):
+    """-> (about, {name: array}) of the weights that a training or a conversion wrote.
+
+    about: {'genotype', 'dataset', 'class_names', 'mean', 'std'}, without what is not known. Raises
+    UserError for anything else.
+    """
+    try:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing: give the weights.npz or best.npz of a training")
+        about, weights = read_arrays(path)
+        if not isinstance(about, dict) or 'settings' in about:
+            raise ValueError("it is a checkpoint; the weights are in last.npz and best.npz beside it")
+        return about, weights
+    except ValueError as error:
+        raise UserError(f"{path} holds no weights ({error}); those of PyTorch are converted by "
+                        "scripts/convert_weights.py") from None
 
 
 def start_log(path=None):
@@ -216,7 +248,7 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def train(task, run, args):
+def run_epochs(task, run, args):
     """Trains `task` for args.epochs epochs, from where the last checkpoint of `run` stands if args.resume."""
     if args.resume:
         epoch, step, meter = run.restore(task)
@@ -234,7 +266,7 @@ def train(task, run, args):
                     asked = time.time()
                     batch = next(batches)
                     waited += time.time() - asked
-                    loss, top1, top5, images = task.train_step(batch, epoch)
+                    loss, top1, top5, images = task.train_step(batch, epoch, step)
                     if not math.isfinite(loss):
                         raise UserError(
                             f"the loss is {loss} at step {step + 1} of epoch {epoch + 1}, learning rate "
@@ -265,17 +297,107 @@ def train(task, run, args):
 
 
 def report(epoch, step, task, meter):
-    means = meter.means('train')
-    log.info(f"epoch {epoch + 1} step {step}/{task.steps}: loss {means['train_loss']:.4f}, "
-             f"top-1 {100 * means['train_top1']:.2f} %, top-5 {100 * means['train_top5']:.2f} %, "
+    log.info(f"epoch {epoch + 1} step {step}/{task.steps}: {as_text(meter.means('train'), 'train')}, "
              f"lr {task.learning_rate(epoch):.6g}")
 
 
-def evaluate(network, batches, steps, batch_size):
-    """Mean loss, top-1 and top-5 of network.evaluate over all images of `batches`, as a Meter."""
+def evaluate(network, batches, args):
+    """Mean loss, top-1 and top-5 over all images of `batches`, every one counted once, as a Meter."""
     meter = Meter()
-    with Progress(batch_size, total=steps, desc='validation') as bar:
-        for images, labels in batches:
+    ahead = prefetch(lambda step: batches.batch(0, step), range(len(batches)), args.num_workers)
+    with Progress(args.batch_size, total=len(batches), desc='validation') as bar:
+        for images, labels in ahead:
             meter.add(*network.evaluate(images, labels), len(labels))
             bar.update()
     return meter
+
+
+def as_text(means, prefix):
+    """The means of a Meter as one phrase."""
+    return (f"loss {means[prefix + '_loss']:.4f}, top-1 {100 * means[prefix + '_top1']:.2f} %, "
+            f"top-5 {100 * means[prefix + '_top5']:.2f} %")
+
+
+class Training:
+    """The training of a discrete network from scratch, as a task of `run_epochs`.
+
+    network: a model.Network; batches, test: batches of the training and of the test set, as
+    reader.Batches; learning_rate(epoch); about: what the files of weights say of themselves.
+    """
+
+    def __init__(self, args, network, batches, test, learning_rate, run, about):
+        self.args, self.network, self.batches, self.test = args, network, batches, test
+        self.learning_rate, self.run, self.about = learning_rate, run, about
+        self.optimizer = MomentumSGD(network.store, args.momentum, args.weight_decay, args.grad_clip)
+        self.steps, self.batch = len(batches), batches.batch
+        self.best_top1 = -1.0
+
+    def drop_path_prob(self, epoch):
+        """Rises linearly over the epochs, from 0."""
+        return self.args.drop_path_prob * epoch / self.args.epochs
+
+    def train_step(self, batch, epoch, step):
+        key = np.random.SeedSequence([self.args.seed, DROP_PATH, epoch, step])
+        result = self.network.run(self.network.feed(*batch), self.drop_path_prob(epoch), int(key.generate_state(1)[0]))
+        self.optimizer.step(self.learning_rate(epoch))
+        return (*result, len(batch[0]))
+
+    def finish_epoch(self, epoch):
+        result = evaluate(self.network, self.test, self.args).means('valid')
+        top1 = result['valid_top1']
+        names = ['last.npz']
+        if top1 > self.best_top1:
+            self.best_top1 = top1
+            names.append('best.npz')
+        for name in names:
+            self.run.write(name, lambda file: write_arrays(file, self.about, self.network.weights()))
+        log.info(f"epoch {epoch + 1}: test {as_text(result, 'valid')}, best top-1 {100 * self.best_top1:.2f} %")
+        return dict(result, best_top1=self.best_top1, drop_path_prob=self.drop_path_prob(epoch))
+
+    def state(self):
+        state = {name: self.network.store.get(name) for name in ('theta', 'velocity', 'statistics')}
+        return dict(state, best_top1=np.array(self.best_top1))
+
+    def load_state(self, state):
+        self.best_top1 = float(state.pop('best_top1'))
+        for name, array in state.items():
+            self.network.store.set(name, array)
+
+
+def train_or_evaluate(args, genotype, data, make_network, train, test, learning_rate):
+    """What train.py and train_imagenet.py do: --eval_only or a training.
+
+    data: has name, class_names, mean and std; make_network(**settings): a model.Network; train(), test():
+    the batches of both sets; learning_rate(epoch).
+    """
+    place = utils.find_place(args.use_gpu)
+    pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
+    test = test()
+    if args.eval_only:
+        utils.announce(log, place)
+        network = make_network(trained=False, place=place)
+        network.load_weights(pretrained)
+        meter = evaluate(network, test, args)
+        log.info(f"{as_text(meter.means('test'), 'test')} ({meter.images} images)")
+        return
+    # A genotype.json may change before the run is resumed.
+    args.genotype = json.loads(genotypes.dumps(genotype))
+    batches, run = train(), Run(args)
+    utils.announce(log, place)
+    network = make_network(auxiliary=args.auxiliary_weight if args.auxiliary else 0.0, seed=args.seed,
+                           drops_paths=args.drop_path_prob > 0, place=place)
+    if pretrained:
+        network.load_weights(pretrained)
+    about = {'genotype': args.genotype, 'dataset': data.name, 'class_names': data.class_names,
+             'mean': data.mean.tolist(), 'std': data.std.tolist()}
+    training = Training(args, network, batches, test, learning_rate, run, about)
+    log.info(f"param size = {network.param_count / 1e6:.6f}MB")
+    log.info(f"multiply-adds = {network.multiply_adds / 1e6:.1f}M per image")
+    announce_graph(network.store)
+    run_epochs(training, run, args)
+
+
+def announce_graph(store):
+    """Prepares all programs of a store and says how long everything took until here."""
+    store.warm_up()
+    log.info(f"graph ready in {utils.seconds_since_start():.1f} s ({store.operators} operators)")

@@ -92,6 +92,34 @@ def add_common_arguments(parser, *, batch_size, learning_rate, weight_decay, epo
     add('--resume', action='store_true', help='continue from the last checkpoint in --model_save_dir')
 
 
+def add_training_arguments(parser, *, drop_path_prob):
+    """The flags of train.py and train_imagenet.py beside the common ones."""
+    add = parser.add_argument
+    add('--arch', default='DARTS_PADDLE',
+        help='name of a genotype in genotypes.py, or path of a genotype.json (%(default)s)')
+    add('--auxiliary', type=boolean, default=True,
+        help='train with a second classifier behind the second reduction cell (%(default)s)')
+    add('--auxiliary_weight', type=number(float, 0), default=0.4, help='of its loss (%(default)s)')
+    add('--drop_path_prob', type=number(float, 0, 1), default=drop_path_prob,
+        help='probability at the end of dropping an edge; it rises linearly over the epochs (%(default)s)')
+    add('--pretrained', metavar='PATH', help='start with these weights (an .npz of a training or a conversion)')
+    add('--eval_only', action='store_true', help='print loss, top-1 and top-5 of --pretrained and stop')
+
+
+def check_training_arguments(parser, args):
+    """Ends with a line where flags do not go together; returns args."""
+    if args.eval_only and not args.pretrained:
+        parser.error("--eval_only needs the weights to evaluate: --pretrained PATH")
+    return args
+
+
+def check_class_num(class_num, data):
+    """The number of classes of `data`; UserError when the flag --class_num (None: not given) says another."""
+    if class_num not in (None, data.class_num):
+        raise UserError(f"--class_num {class_num}: {data.name} has {data.class_num} classes")
+    return data.class_num
+
+
 # ---------------------------------------------------------------------------------------------------
 # Device
 
@@ -146,3 +174,8 @@ def peak_memory():
 def cosine(epoch, epochs, start, end=0.0):
     """Learning rate of an epoch counted from 0: cosine from `start` to `end` (arXiv 1608.03983)."""
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def exponential(epoch, start, decay_rate):
+    """Learning rate of an epoch counted from 0: start * decay_rate ** epoch."""
+    return start * decay_rate ** epoch

@@ -136,16 +136,16 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
                           np.full(3, 0.5, 'float32'), np.full(3, 0.25, 'float32'))
     run = trainer.Run(args)
     task = train_search.Search(args, data, run, utils.find_place(False))
-    step, done = task.train_step, []
+    take_step, done = task.train_step, []
 
-    def crashing_step(batch, epoch):
+    def crashing_step(batch, epoch, step):
         if len(done) == crash_after:
             raise Crash
         done.append(None)
-        return step(batch, epoch)
+        return take_step(batch, epoch, step)
 
     task.train_step = crashing_step
-    trainer.train(task, run, args)
+    trainer.run_epochs(task, run, args)
     return len(done)
 
 

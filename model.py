@@ -1,0 +1,254 @@
+"""The discrete network of a genotype as static programs: what is trained after a search.
+
+`NetworkCIFAR` and `NetworkImageNet` differ in stem and auxiliary head. Each has a program that trains
+(statistics of the batch, drop path, auxiliary head) and one that evaluates (running statistics). All
+weights are one vector theta, all running statistics another, named as in the authors' PyTorch code.
+"""
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from operations import BatchNorm, FactorizedReduce, ReLUConvBN, conv, drop_path_masks, linear, operation
+from parameters import Evaluation, FlatNetwork, Function, Layout
+from utils import UserError
+
+AUXILIARY = 'auxiliary_head.'               # the first part of the names of its weights
+
+
+class Cell:
+    """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W']."""
+
+    def __init__(self, layout, genotype, prefix, c_prev_prev, c_prev, channels, reduction, reduction_prev):
+        preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
+        self.preprocess0 = preprocess0(layout, [f'{prefix}.preprocess0'], c_prev_prev, channels, affine=True)
+        self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=True)
+        edges, self.concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
+                              (genotype.normal, genotype.normal_concat))
+        self.edges = []                     # (operation, state, whether drop path may drop it), two a node
+        for n, (name, state) in enumerate(edges):
+            stride = 2 if reduction and state < 2 else 1
+            self.edges.append((operation(name, layout, f'{prefix}._ops.{n}', channels, stride), state,
+                               name != 'skip_connect' or stride == 2))
+        self.channels_out = len(self.concat) * channels
+
+    def __call__(self, s0, s1, drop):
+        """drop: what is done to the output of every edge but the identities."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for node in zip(self.edges[::2], self.edges[1::2]):
+            one, other = (drop(op(states[state])) if droppable else op(states[state])
+                          for op, state, droppable in node)
+            states.append(one + other)
+        return paddle.concat([states[i] for i in self.concat], axis=1)
+
+
+class AuxiliaryHead:
+    """A second classifier behind the second reduction cell, for the training only (arXiv 1409.4842).
+
+    It takes images of 8 x 8 (CIFAR, stride 3) or 7 x 7 (ImageNet, stride 2), pooled to 2 x 2.
+    """
+
+    def __init__(self, layout, channels, classes, stride, last_norm):
+        self.stride = stride
+        names = [f'{AUXILIARY}features.{n}' for n in (2, 3, 5, 6)]
+        self.reduce = layout.declare([f'{names[0]}.weight'], [128, channels, 1, 1])
+        self.reduce_norm = BatchNorm(layout, [names[1]], 128, affine=True)
+        self.spread = layout.declare([f'{names[2]}.weight'], [768, 128, 2, 2])
+        self.spread_norm = BatchNorm(layout, [names[3]], 768, affine=True) if last_norm else None
+        self.classifier = layout.declare([f'{AUXILIARY}classifier.weight'], [classes, 768])
+        self.classifier_bias = layout.declare([f'{AUXILIARY}classifier.bias'], [classes], bound=768 ** -0.5)
+
+    def __call__(self, x):
+        x = F.avg_pool2d(F.relu(x), 5, self.stride, 0)                      # [N, C, 2, 2]
+        x = F.relu(self.reduce_norm(conv(x, self.reduce)))
+        x = conv(x, self.spread)                                            # [N, 768, 1, 1]
+        x = F.relu(self.spread_norm(x) if self.spread_norm else x)
+        return linear(paddle.flatten(x, 1), self.classifier, self.classifier_bias)
+
+
+class Network(FlatNetwork):
+    """A discrete network on one device, with its weights and running statistics.
+
+    genotype: a Genotype; channels: C, of the first cell (ImageNet: behind the stem); classes; layers:
+    cells. With auxiliary (a weight, 0 for none) the loss is that of the network plus the weight times
+    that of the auxiliary head; label_smooth: the part of the label that is spread over all classes;
+    drops_paths: whether `run` takes a drop_path_prob. trained=False makes the evaluation only.
+    Raises UserError for sizes that cannot be built.
+    """
+
+    def __init__(self, genotype, channels, classes, layers, *, auxiliary=0.0, label_smooth=0.0, drops_paths=False,
+                 trained=True, dtype='float32', seed=0, image_size=None, place=None):
+        if channels < 2 or channels % 2:
+            raise UserError(f"init_channels is {channels}, but has to be even and positive: "
+                            "FactorizedReduce makes its output of two halves")
+        image_size = image_size or self.IMAGE_SIZE
+        if image_size % self.DIVISOR:
+            raise UserError(f"images of {image_size} x {image_size} cannot be halved as often as the cells do: "
+                            f"the size has to be a multiple of {self.DIVISOR}")
+        super().__init__(classes, image_size, Layout(running_statistics=True))
+        self.auxiliary, self.label_smooth, self.drops_paths = auxiliary, label_smooth, drops_paths
+        c_prev_prev, c_prev, reduction_prev = self._declare_stem(channels)
+        self.cells, self.auxiliary_head = [], None
+        for i in range(layers):
+            reduction = i in (layers // 3, 2 * layers // 3)
+            if reduction:
+                channels *= 2
+            cell = Cell(self.layout, genotype, f'cells.{i}', c_prev_prev, c_prev, channels, reduction, reduction_prev)
+            self.cells.append(cell)
+            c_prev_prev, c_prev, reduction_prev = c_prev, cell.channels_out, reduction
+            if i == 2 * layers // 3:
+                c_auxiliary = c_prev
+        self.auxiliary_after = 2 * layers // 3
+        if auxiliary and trained:
+            self._check_auxiliary(layers)
+            self.auxiliary_head = AuxiliaryHead(self.layout, c_auxiliary, classes, *self.AUXILIARY_HEAD)
+        self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
+        self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
+        self._place(place, dtype, np.random.default_rng(seed))
+        self._run = Function(self.store, self._build_training) if trained else None
+        self._evaluate = Function(self.store, self._build_evaluation)
+
+    def _check_auxiliary(self, layers):
+        size, reductions = self.image_size // self.STEM_STRIDE, len({layers // 3, 2 * layers // 3})
+        stride, _ = self.AUXILIARY_HEAD
+        if (size // 2 ** reductions - 5) // stride != 1:
+            raise UserError(f"with {layers} layers and images of {self.image_size} x {self.image_size} the auxiliary "
+                            f"head gets {size // 2 ** reductions} x {size // 2 ** reductions} and cannot be built: "
+                            "take 3 layers or more, or --auxiliary False")
+
+    @property
+    def param_count(self):
+        """The number of weights without the auxiliary head."""
+        return self.layout.count(without=AUXILIARY)
+
+    @property
+    def multiply_adds(self):
+        """Multiply-adds of convolutions and classifier for one image, without the auxiliary head."""
+        return self.layout.multiply_adds(without=AUXILIARY)
+
+    def _build_training(self):
+        """The program of a training step: gradient and running statistics, -> [loss, top-1, top-5]."""
+        images, labels = self._inputs()
+        theta = self.store.variable('theta', trainable=True)
+        self._unpack(theta, training=True)
+        logits, auxiliary_logits = self._logits(images, self._drop_path(images))
+        loss = self._smoothed_loss(logits, labels)
+        if auxiliary_logits is not None:
+            weight = self.store.scalar(self.auxiliary)
+            loss = loss + paddle.sum(weight * self._smoothed_loss(auxiliary_logits, labels))
+        gradient, = paddle.static.gradients([loss], [theta])
+        self.store.assign('gradient', gradient)
+        self.store.assign('statistics', self.layout.statistics.pack())
+        return [loss, *self._accuracies(logits, labels)]
+
+    def _build_evaluation(self):
+        """The program of an evaluation, -> [loss, top-1, top-5, logits]."""
+        images, labels = self._inputs()
+        self._unpack(self.store.variable('theta'), training=False)
+        logits, _ = self._logits(images, drop=lambda x: x)
+        return [F.cross_entropy(logits, labels), *self._accuracies(logits, labels), logits]
+
+    def _unpack(self, theta, training):
+        self.layout.training = training
+        self.layout.unpack(theta)
+        self.layout.statistics.unpack(self.store.variable('statistics'))
+
+    def _drop_path(self, images):
+        """A function that drops edges, a new mask at each call; the identity when paths are not dropped."""
+        if not self.drops_paths:
+            return lambda x: x
+        keep = self.store.input('keep', [1])
+        edges = sum(droppable for cell in self.cells for *_, droppable in cell.edges)
+        masks = iter(drop_path_masks(paddle.shape(images)[0], edges, keep))
+        return lambda x: x * next(masks)
+
+    def _logits(self, images, drop):
+        """-> logits [N, classes], and those of the auxiliary head while training (else None)."""
+        s0, s1 = self._stem(images)
+        auxiliary_logits = None
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, drop)
+            if self.auxiliary_head and self.layout.training and i == self.auxiliary_after:
+                auxiliary_logits = self.auxiliary_head(s1)
+        return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias), auxiliary_logits
+
+    def _smoothed_loss(self, logits, labels):
+        """Cross entropy against (1 - e) one_hot + e / classes (arXiv 1512.00567, section 7)."""
+        if not self.label_smooth:
+            return F.cross_entropy(logits, labels)
+        targets = F.one_hot(paddle.flatten(labels), self.classes).astype(logits.dtype)
+        return F.cross_entropy(logits, F.label_smooth(targets, epsilon=self.label_smooth), soft_label=True)
+
+    def run(self, feed, drop_path_prob=0.0, seed=0):
+        """Loss (with the auxiliary head's) and accuracies of a training batch from `feed`.
+
+        The gradient stays on the device, the running statistics are updated. seed: of the masks of drop path.
+        """
+        if self.drops_paths:
+            paddle.seed(seed)
+            feed = dict(feed, keep=np.array([1 - drop_path_prob], self.store.dtype))
+        return Evaluation(*map(float, self._run(**feed)))
+
+    def evaluate(self, images, labels):
+        """Mean loss, top-1 and top-5 accuracy (fractions) of a batch, by running statistics."""
+        return Evaluation(*map(float, self._evaluate(**self.feed(images, labels))[:3]))
+
+    def logits(self, images):
+        """Logits [N, classes] of images [N, 3, H, W], by running statistics."""
+        return self._evaluate(**self.feed(images, np.zeros(len(images))))[3]
+
+    def load_weights(self, weights):
+        """Sets all weights and running statistics from {name: array}.
+
+        The auxiliary head alone may be missing (it keeps its weights) or be too much (it is left out).
+        Raises UserError naming what else is missing or unknown, or has a wrong shape.
+        """
+        weights = {name: array for name, array in weights.items()
+                   if name in self.shapes or not name.startswith(AUXILIARY)}
+        missing = [name for name in self.shapes if name not in weights]
+        if any(name in weights for name in self.shapes if name.startswith(AUXILIARY)):
+            lacking = missing
+        else:
+            lacking = [name for name in missing if not name.startswith(AUXILIARY)]
+        if lacking:
+            raise UserError(f"weight {lacking[0]!r} is missing ({len(lacking)} missing in all)")
+        self.set_weights(weights)
+
+
+class NetworkCIFAR(Network):
+    """The network for images of 32 x 32 (arXiv 1806.09055, section 3.2)."""
+
+    IMAGE_SIZE, DIVISOR, STEM_STRIDE = 32, 4, 1
+    AUXILIARY_HEAD = (3, True)              # stride of its pool, whether it has the last BN
+
+    def _declare_stem(self, channels):
+        """-> channels of s0 and s1, and whether the first cell has to reduce s0."""
+        self.stem = self.layout.declare(['stem.0.weight'], [3 * channels, 3, 3, 3])
+        self.stem_norm = BatchNorm(self.layout, ['stem.1'], 3 * channels, affine=True)
+        return 3 * channels, 3 * channels, False
+
+    def _stem(self, images):
+        x = self.stem_norm(conv(images, self.stem, padding=1))
+        return x, x
+
+
+class NetworkImageNet(Network):
+    """The network for images of 224 x 224 (arXiv 1806.09055, section 3.3)."""
+
+    IMAGE_SIZE, DIVISOR, STEM_STRIDE = 224, 32, 8
+    AUXILIARY_HEAD = (2, False)
+
+    def _declare_stem(self, channels):
+        layout = self.layout
+        self.stem = [layout.declare([f'{name}.weight'], [c_out, c_in, 3, 3]) for name, c_in, c_out in (
+            ('stem0.0', 3, channels // 2), ('stem0.3', channels // 2, channels), ('stem1.1', channels, channels))]
+        self.stem_norms = [BatchNorm(layout, [name], c, affine=True) for name, c in (
+            ('stem0.1', channels // 2), ('stem0.4', channels), ('stem1.2', channels))]
+        return channels, channels, True
+
+    def _stem(self, images):
+        """-> s0 [N, C, H / 4, W / 4], s1 [N, C, H / 8, W / 8]."""
+        x, outputs = images, []
+        for number, (weight, norm) in enumerate(zip(self.stem, self.stem_norms)):
+            x = norm(conv(F.relu(x) if number else x, weight, stride=2, padding=1))
+            outputs.append(x)
+        return outputs[1], outputs[2]
