@@ -64,7 +64,7 @@ def run(main):
 
 
 def add_common_arguments(parser, *, batch_size, learning_rate, weight_decay, epochs, init_channels, layers,
-                         model_save_dir, report_freq):
+                         model_save_dir, report_freq, class_num=None):
     """The flags that search and training share, with the defaults that differ between them."""
     add = parser.add_argument
     add('--batch_size', type=number(int, 1), default=batch_size, help='images a step (%(default)s)')
@@ -78,7 +78,8 @@ def add_common_arguments(parser, *, batch_size, learning_rate, weight_decay, epo
     add('--init_channels', type=number(int, 1), default=init_channels,
         help='channels C of the first cell (%(default)s)')
     add('--layers', type=number(int, 1), default=layers, help='cells (%(default)s)')
-    add('--class_num', type=number(int, 2), default=None, help="classes (the data set's)")
+    add('--class_num', type=number(int, 2), default=class_num,
+        help="classes (the data set's)" if class_num is None else 'classes (%(default)s)')
     add('--seed', type=number(int, 0, 2**32 - 1), default=0,
         help='of everything random; on the CPU a run with the same seed repeats itself (%(default)s)')
     add('--use_gpu', type=boolean, default=None,
