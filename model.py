@@ -71,12 +71,13 @@ class Network(FlatNetwork):
     genotype: a Genotype; channels: C, of the first cell (ImageNet: behind the stem); classes; layers:
     cells. With auxiliary (a weight, 0 for none) the loss is that of the network plus the weight times
     that of the auxiliary head; label_smooth: the part of the label that is spread over all classes;
-    drops_paths: whether `run` takes a drop_path_prob. trained=False makes the evaluation only.
-    Raises UserError for sizes that cannot be built.
+    drops_paths: whether `run` takes a drop_path_prob. trained=False makes the evaluation only,
+    built=False no program at all: the names and shapes of the weights. Raises UserError for sizes that
+    cannot be built.
     """
 
     def __init__(self, genotype, channels, classes, layers, *, auxiliary=0.0, label_smooth=0.0, drops_paths=False,
-                 trained=True, dtype='float32', seed=0, image_size=None, place=None):
+                 trained=True, built=True, dtype='float32', seed=0, image_size=None, place=None):
         if channels < 2 or channels % 2:
             raise UserError(f"init_channels is {channels}, but has to be even and positive: "
                             "FactorizedReduce makes its output of two halves")
@@ -104,8 +105,10 @@ class Network(FlatNetwork):
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
         self._place(place, dtype, np.random.default_rng(seed))
-        self._run = Function(self.store, self._build_training) if trained else None
-        self._evaluate = Function(self.store, self._build_evaluation)
+        if trained and built:
+            self._run = Function(self.store, self._build_training)
+        if built:
+            self._evaluate = Function(self.store, self._build_evaluation)
 
     def _check_auxiliary(self, layers):
         size, reductions = self.image_size // self.STEM_STRIDE, len({layers // 3, 2 * layers // 3})
@@ -214,6 +217,24 @@ class Network(FlatNetwork):
         self.set_weights(weights)
 
 
+    def export(self, path):
+        """Writes the network to path.* in Paddle's format for inference: images [N, 3, H, W] -> logits.
+
+        Its weights are parameters of their own there, under their names, and N is free.
+        """
+        program, scope = paddle.static.Program(), paddle.static.Scope()
+        with paddle.static.scope_guard(scope), paddle.static.program_guard(program, paddle.static.Program()):
+            images = paddle.static.data('images', [None, 3, self.image_size, self.image_size], 'float32')
+            self.layout.training = False
+            self.layout.create_parameters()
+            self.layout.statistics.create_parameters()
+            logits, _ = self._logits(images, drop=lambda x: x)
+            for name, array in self.weights().items():
+                scope.var(name).get_tensor().set(array.astype('float32'), self.store.place)
+            paddle.static.save_inference_model(path, [images], [logits], paddle.static.Executor(self.store.place),
+                                               program=program)
+
+
 class NetworkCIFAR(Network):
     """The network for images of 32 x 32 (arXiv 1806.09055, section 3.2)."""
 
@@ -252,3 +273,28 @@ class NetworkImageNet(Network):
             x = norm(conv(F.relu(x) if number else x, weight, stride=2, padding=1))
             outputs.append(x)
         return outputs[1], outputs[2]
+
+
+def network_of(genotype, weights, **settings):
+    """The network of a genotype that has the weights {name: array}, with these weights.
+
+    Kind of network, channels, classes, cells and the auxiliary head are read from the weights. settings:
+    of Network. Raises UserError for weights that are missing, unknown or wrongly shaped.
+    """
+    def shape(name, dimensions):
+        if name not in weights:
+            raise UserError(f"weight {name!r} is missing")
+        if np.ndim(weights[name]) != dimensions or not np.size(weights[name]):
+            raise UserError(f"weight {name} has shape {list(np.shape(weights[name]))}, expected {dimensions} dimensions")
+        return np.shape(weights[name])
+
+    if 'stem0.0.weight' in weights:
+        kind, channels = NetworkImageNet, shape('stem0.3.weight', 4)[0]
+    else:
+        kind, channels = NetworkCIFAR, shape('stem.0.weight', 4)[0] // 3
+    cells = {name.split('.')[1] for name in weights if name.startswith('cells.')}
+    auxiliary = any(name.startswith(AUXILIARY) for name in weights)
+    network = kind(genotype, channels, shape('classifier.weight', 2)[0], max(1, len(cells)),
+                   auxiliary=float(auxiliary), **settings)
+    network.load_weights(weights)
+    return network

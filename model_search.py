@@ -120,7 +120,7 @@ class Supernet(FlatNetwork):
 
     channels: C of the first cell, even; classes; layers: cells, at least 3; dtype: 'float32' or
     'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
-    place: where to compute, the CPU when None. Raises UserError for sizes that cannot be built.
+    place: where to compute, the CPU when None; built=False makes no program: names and shapes only. Raises UserError for sizes that cannot be built.
 
     The weights are the vector `theta` of the store, alpha is `alphas` [2, 14, 8] (normal, reduce);
     `run` leaves the gradients of both in `gradient` and `alpha_gradient`, on the device.
@@ -159,7 +159,8 @@ class Supernet(FlatNetwork):
     (2, 3, 4, 5)
     """
 
-    def __init__(self, channels=16, classes=10, layers=8, dtype='float32', seed=0, image_size=32, place=None):
+    def __init__(self, channels=16, classes=10, layers=8, dtype='float32', seed=0, image_size=32, place=None,
+                 built=True):
         if layers < 3:
             raise UserError(f"layers is {layers}, but two reduction cells after the first cell need at least 3")
         if channels < 2 or channels % 2:
@@ -191,6 +192,8 @@ class Supernet(FlatNetwork):
         self._place(place, dtype, rng)
         self.store.set('alphas', rng.normal(0, 1e-3, (2, EDGES, len(PRIMITIVES))))
         self.store.set('alpha_gradient', np.zeros((2, EDGES, len(PRIMITIVES))))
+        if not built:
+            return
         self._run = Function(self.store, lambda: self._build(gradients=True))
         self._evaluate = Function(self.store, lambda: self._build(gradients=False))
 
@@ -229,6 +232,17 @@ class Supernet(FlatNetwork):
         evaluation = self.run(self.feed(images, labels))
         return Gradients(*evaluation, self.layout.named(self.store.get('gradient')),
                          by_cell_kind(self.store.get('alpha_gradient')))
+
+    def load_weights(self, weights):
+        """Sets all weights, and alpha where it is there, from {name: array}.
+
+        Raises UserError naming what is missing or unknown, or has a wrong shape.
+        """
+        alphas = {name: array for name, array in weights.items() if name.startswith('alphas_')}
+        weights = {name: array for name, array in weights.items() if name not in alphas}
+        self.check_complete(weights)
+        self.set_weights(weights)
+        self.set_alphas(alphas)
 
     def alphas(self):
         """{'alphas_normal': [14, 8], 'alphas_reduce': [14, 8]}, before the softmax."""

@@ -352,6 +352,12 @@ class FlatNetwork:
             statistics = {name: array for name, array in weights.items() if name in kept}
             self.store.set('statistics', self.layout.statistics.flat(statistics, self.store.get('statistics')))
 
+    def check_complete(self, weights, without=()):
+        """Raises UserError when {name: array} lacks a weight whose name does not start with `without`."""
+        missing = [name for name in self.shapes if name not in weights and not name.startswith(without)]
+        if missing:
+            raise UserError(f"weight {missing[0]!r} is missing ({len(missing)} missing in all)")
+
     def _inputs(self):
         """The inputs of the program under construction: images [N, 3, H, W], labels [N, 1]."""
         return (self.store.input('images', [None, 3, self.image_size, self.image_size]),

@@ -74,6 +74,7 @@ DATASETS = {
 }
 
 IMAGE_SIZE = 32
+IDX_PADDING = 2                  # of the images of 28 x 28 in MNIST's format
 
 
 def add_arguments(parser):
@@ -500,7 +501,7 @@ def _load_idx(source, folder):
             raise _damaged(images_path, f"it has {len(images)} images for {len(labels)} labels")
         if labels.max() >= len(source.class_names):
             raise _damaged(labels_path, f"there is a label {labels.max()}")
-        images = np.pad(images, ((0, 0), (2, 2), (2, 2)))                          # [N, 32, 32]
+        images = np.pad(images, ((0, 0), *[(IDX_PADDING, IDX_PADDING)] * 2))       # [N, 32, 32]
         halves += [np.repeat(images[:, None], 3, axis=1), labels.astype('int64')]
     if source.md5:
         md5s = {os.path.basename(path): md5 for path, md5 in zip(paths, source.md5) if path.endswith('.gz')}

@@ -35,6 +35,8 @@ def parse_args(argv=None):
     add('--arch_weight_decay', type=utils.number(float, 0), default=1e-3, help='of alpha (%(default)s)')
     add('--unrolled', type=utils.boolean, default=True,
         help='second order (True) or first order (False) gradient of alpha (%(default)s)')
+    add('--pretrained', metavar='PATH', help="start with these weights (and alpha) of a supernet, an .npz of "
+        "scripts/convert_weights.py")
     return parser.parse_args(argv)
 
 
@@ -109,6 +111,8 @@ def main():
     run = trainer.Run(args)
     utils.announce(log, place)
     search = Search(args, data, run, place)
+    if args.pretrained:
+        search.supernet.load_weights(trainer.read_weights(args.pretrained)[1])
     log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
     trainer.announce_graph(search.supernet.store)
     trainer.run_epochs(search, run, args)

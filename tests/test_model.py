@@ -1,0 +1,385 @@
+"""The discrete networks against the plain ones (plain_discrete.py), in float64, and against numbers by hand."""
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+
+import model
+import plain_discrete as plain
+import utils
+from genotypes import GENOTYPES, OPERATIONS
+from model import NetworkCIFAR, NetworkImageNet
+from operations import drop_path_masks, operation
+from parameters import Function, Layout, Store
+from trainer import Training
+from utils import UserError
+
+CLASSES = 7
+TOLERANCE = 1e-9
+BATCH = 5
+
+
+def scrambled(shapes, rng):
+    """Weights that leave nothing equal; variances are positive."""
+    return {name: rng.uniform(0.5, 2.0, shape) if name.endswith('.running_var') else
+            rng.normal(1.0, 0.3, shape) if name.endswith('.weight') and len(shape) == 1 else
+            rng.normal(0.0, 0.3, shape) if len(shape) == 1 else
+            rng.normal(0.0, 1 / math.sqrt(math.prod(shape[1:])), shape) for name, shape in shapes.items()}
+
+
+def make(kind, arch, channels, layers, image_size, batch=BATCH, seed=0, **settings):
+    """A network with scrambled weights and running statistics, the weights, and a batch."""
+    rng = np.random.default_rng(seed)
+    network = kind(GENOTYPES[arch], channels, CLASSES, layers, dtype='float64', image_size=image_size, **settings)
+    weights = scrambled(network.shapes, rng)
+    network.set_weights(weights)
+    return network, weights, (rng.normal(size=(batch, 3, image_size, image_size)), rng.integers(0, CLASSES, batch))
+
+
+def assert_close(ours, expected, what=None):
+    assert np.shape(ours) == np.shape(expected), what
+    assert np.abs(ours - expected).max() < TOLERANCE * max(1.0, np.abs(expected).max()), what
+
+
+def assert_all_close(ours, expected):
+    assert set(ours) == set(expected)
+    for name in expected:
+        assert_close(ours[name], expected[name], name)
+
+
+def statistics_of(weights):
+    return {name: array for name, array in weights.items() if name.endswith(plain.STATISTICS)}
+
+
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Operations
+
+def run_edge(kind, channels, stride, weights, x, direction, training):
+    """What plain.edge does, by the operation under test; its input is a weight too, for its gradient."""
+    layout = Layout(running_statistics=True)
+    layout.declare(['x'], x.shape)
+    build_operation = operation(kind, layout, 'edge', channels, stride)
+    store = Store(paddle.CPUPlace(), 'float64')
+    for name, part in (('theta', layout.seal()), ('statistics', layout.statistics.seal())):
+        assert part.shapes == {k: np.shape(v) for k, v in dict(weights, x=x).items() if k in part.shapes}
+        if part.size:
+            store.set(name, part.flat({k: v for k, v in dict(weights, x=x).items() if k in part.shapes},
+                                      np.zeros(part.size)))
+    assert set(weights) | {'x'} == set(layout.shapes) | set(layout.statistics.shapes)
+
+    def build():
+        layout.training = training
+        theta = store.variable('theta', trainable=True)
+        layout.unpack(theta)
+        if layout.statistics.size:
+            layout.statistics.unpack(store.variable('statistics'))
+        output = build_operation(layout.blocks[0].tensor)
+        gradient, = paddle.static.gradients([paddle.sum(output * store.input('direction', direction.shape))], [theta])
+        if layout.statistics.size and training:
+            store.assign('statistics', layout.statistics.pack())
+        return [output, gradient]
+
+    output, gradient = Function(store, build)(direction=direction)
+    gradients = layout.named(gradient)
+    statistics = layout.statistics.named(store.get('statistics')) if layout.statistics.size else {}
+    return plain.Edge(output, gradients.pop('x'), gradients, statistics)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('kind', OPERATIONS)
+def test_an_operation_and_its_gradients_equal_the_plain_ones(kind, stride):
+    rng = np.random.default_rng(1)
+    channels, size = 4, 8
+    shapes = plain.Shapes()
+    shapes.operation(kind, 'edge', channels, stride)
+    weights = scrambled(shapes, rng)
+    x = rng.normal(size=(3, channels, size, size))
+    direction = rng.normal(size=(3, channels, size // stride, size // stride))
+    for training in (True, False):
+        ours = run_edge(kind, channels, stride, weights, x, direction, training)
+        expected = plain.edge(weights, kind, x, direction, stride, training)
+        assert_close(ours.output, expected.output)
+        assert_close(ours.input_gradient, expected.input_gradient)
+        assert_all_close(ours.gradients, expected.gradients)
+        assert_all_close(ours.statistics, expected.statistics if training else statistics_of(weights))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Networks
+
+def agree(kind, arch, channels, layers, image_size, auxiliary=0.0, smoothing=0.0, batch=BATCH):
+    """Names, evaluation, loss, gradients and the running statistics of a network equal the plain one's."""
+    network, weights, (images, labels) = make(kind, arch, channels, layers, image_size, batch, auxiliary=auxiliary,
+                                              label_smooth=smoothing)
+    imagenet, genotype = kind is NetworkImageNet, GENOTYPES[arch]
+    shapes = plain.weight_shapes(genotype, channels, CLASSES, layers, imagenet, bool(auxiliary))
+    assert network.shapes == shapes
+    assert set(network.layout.shapes) == {name for name in shapes if not name.endswith(plain.STATISTICS)}
+
+    evaluation = plain.evaluate(weights, genotype, images, layers, imagenet)
+    assert_close(network.logits(images), evaluation.logits)
+    assert network.multiply_adds == evaluation.multiply_adds
+    ours = network.evaluate(images, labels)
+    order = np.argsort(-evaluation.logits, axis=1)
+    assert_close(ours.loss, -log_softmax(evaluation.logits)[range(batch), labels].mean())
+    assert ours.top1 == pytest.approx(np.mean(order[:, 0] == labels))
+    assert ours.top5 == pytest.approx(np.mean((order[:, :5] == labels[:, None]).any(axis=1)))
+    assert_all_close(network.weights(), weights)                    # an evaluation changes nothing
+
+    expected = plain.train(weights, genotype, images, labels, layers, imagenet, auxiliary, smoothing)
+    ours = network.run(network.feed(images, labels))
+    assert_close(ours.loss, expected.loss)
+    assert ours.top1 == pytest.approx(np.mean(expected.logits.argmax(axis=1) == labels))
+    gradients = network.layout.named(network.store.get('gradient'))
+    assert_all_close(gradients, expected.gradients)
+    assert min(np.abs(gradient).max() for gradient in gradients.values()) > 1e-6
+    assert_all_close(network.weights(), dict(weights, **expected.statistics))
+    assert set(expected.statistics) == set(statistics_of(weights))
+
+
+# 3 layers: a normal cell and two reduction cells; 5: normal cells after reduction cells too; 1: one reduction cell.
+@pytest.mark.parametrize('arch, channels, layers, image_size', [
+    ('DARTS_PADDLE', 4, 5, 8), ('DARTS_PADDLE', 2, 1, 8), ('DARTS_V1', 2, 3, 8), ('DARTS_V2', 2, 2, 12),
+    ('NASNet', 2, 5, 8), ('AmoebaNet', 2, 5, 8)])
+def test_the_cifar_network_equals_the_plain_one(arch, channels, layers, image_size):
+    agree(NetworkCIFAR, arch, channels, layers, image_size)
+
+
+@pytest.mark.parametrize('arch, channels, layers, image_size', [
+    ('DARTS_PADDLE', 4, 4, 64), ('NASNet', 2, 3, 64), ('AmoebaNet', 2, 3, 32)])
+def test_the_imagenet_network_equals_the_plain_one(arch, channels, layers, image_size):
+    agree(NetworkImageNet, arch, channels, layers, image_size)
+
+
+def test_the_cifar_network_with_auxiliary_head_equals_the_plain_one():
+    agree(NetworkCIFAR, 'DARTS_PADDLE', 2, 5, 32, auxiliary=0.4)
+
+
+def test_the_imagenet_network_with_auxiliary_head_and_label_smoothing_equals_the_plain_one():
+    agree(NetworkImageNet, 'DARTS_PADDLE', 2, 3, 224, auxiliary=0.4, smoothing=0.1, batch=2)
+
+
+def test_the_sizes_of_the_default_networks():
+    genotype = GENOTYPES['DARTS_PADDLE']
+    for kind, arguments, size, param_count in ((NetworkCIFAR, (36, 10, 20), 4243728, 3767302),
+                                               (NetworkImageNet, (48, 1000, 14), 6496680, 5235904)):
+        network = kind(genotype, *arguments, auxiliary=0.4)
+        assert (network.size, network.param_count) == (size, param_count)
+        assert network.shapes == plain.weight_shapes(genotype, *arguments, kind is NetworkImageNet, auxiliary=True)
+        network = kind(genotype, *arguments, auxiliary=0.4, trained=False)
+        assert network.size == network.param_count == param_count
+
+
+def test_multiply_adds_of_the_published_imagenet_network():
+    """574 million, as the paper's table of ImageNet results has it for what was found by the second order."""
+    assert round(NetworkImageNet(GENOTYPES['DARTS_V2'], 48, 1000, 14, trained=False).multiply_adds / 1e6) == 574
+
+
+def test_multiply_adds_by_hand():
+    """DARTS_V1 on images of 8 x 8, C 2, one cell, a reduction cell: 4 channels, 8 x 8 -> 4 x 4."""
+    network = NetworkCIFAR(GENOTYPES['DARTS_V1'], 2, CLASSES, 1, image_size=8)
+    stem = 64 * 3 * 9 * 6
+    preprocesses = 2 * 64 * 6 * 4
+    # Pools have no weights, and its identities are all from intermediate nodes, where nothing is halved.
+    assert network.multiply_adds == stem + preprocesses + 16 * CLASSES
+
+
+# ---------------------------------------------------------------------------------------------------
+# Drop path
+
+DRAWS, EDGES = 4000, 6
+
+
+@pytest.fixture(scope='module')
+def draw():
+    """(keep, seed) -> masks [DRAWS, EDGES]."""
+    store = Store(paddle.CPUPlace(), 'float64')
+
+    def build():
+        images = store.input('images', [None, 1])
+        return drop_path_masks(paddle.shape(images)[0], EDGES, store.input('keep', [1]))
+    function = Function(store, build)
+
+    def masks(keep, seed):
+        paddle.seed(seed)
+        drawn = function(images=np.zeros((DRAWS, 1)), keep=np.array([keep]))
+        assert [mask.shape for mask in drawn] == EDGES * [(DRAWS, 1, 1, 1)]
+        return np.stack([mask.ravel() for mask in drawn], axis=1)
+    return masks
+
+
+@pytest.mark.parametrize('keep', [0.8, 0.35])
+def test_a_mask_is_one_over_keep_with_probability_keep_and_else_zero(draw, keep):
+    masks = draw(keep, seed=1)
+    assert ((masks == 0) | (masks == 1 / keep)).all()
+    deviation = math.sqrt(keep * (1 - keep) / masks.size)
+    assert masks.size >= 20000 and abs((masks > 0).mean() - keep) < 5 * deviation
+
+
+def test_masks_of_edges_and_of_samples_are_independent(draw):
+    kept = (draw(0.5, seed=2) > 0).astype('float64')
+    assert len(np.unique(kept, axis=1).T) == EDGES
+    assert len(np.unique(kept, axis=0)) == 2 ** EDGES                # every combination of edges comes up
+    limit = 5 / math.sqrt(DRAWS)
+    between_edges = np.corrcoef(kept.T) - np.eye(EDGES)
+    assert np.abs(between_edges).max() < limit
+    for lag in (1, 2, EDGES):
+        assert np.abs(np.corrcoef(kept[lag:].T, kept[:-lag].T)[:EDGES, EDGES:]).max() < limit
+
+
+def test_masks_repeat_with_the_seed_and_only_with_it(draw):
+    first = draw(0.5, seed=3)
+    assert (draw(0.5, seed=3) == first).all()
+    assert 0.4 < (draw(0.5, seed=4) == first).mean() < 0.6
+
+
+def test_nothing_is_dropped_with_keep_one(draw):
+    assert (draw(1.0, seed=5) == 1).all()
+
+
+def test_masks_of_a_single_edge():
+    store = Store(paddle.CPUPlace(), 'float64')
+    masks = Function(store, lambda: drop_path_masks(50, 1, store.input('keep', [1])))(keep=np.array([0.5]))
+    assert [mask.shape for mask in masks] == [(50, 1, 1, 1)] and set(np.unique(masks)) == {0.0, 2.0}
+
+
+# DARTS_V1 has identities in both kinds of cell, and skip_connect with stride 2 is in DARTS_PADDLE's reduction cell.
+@pytest.mark.parametrize('arch, dropped', [('DARTS_V1', 5 + 2 * 5), ('DARTS_PADDLE', 7 + 2 * 5)])
+def test_every_edge_but_the_identities_is_multiplied_by_its_own_mask(monkeypatch, arch, dropped):
+    rng = np.random.default_rng(4)
+    edges = plain.droppable_edges(GENOTYPES[arch], layers=3)
+    assert len(edges) == dropped
+    kept = (rng.uniform(size=(dropped, BATCH)) < 0.6).astype('float64')
+    asked = []
+
+    def given_masks(count, number, keep):
+        asked.append(number)
+        return [paddle.assign(mask.reshape(-1, 1, 1, 1).astype('float32')).astype('float64') / keep for mask in kept]
+    monkeypatch.setattr(model, 'drop_path_masks', given_masks)
+    network, weights, (images, labels) = make(NetworkCIFAR, arch, 2, 3, 8, drops_paths=True)
+    assert asked == [dropped]
+    expected = plain.train(weights, GENOTYPES[arch], images, labels, 3, masks=dict(zip(edges, kept / 0.75)))
+    assert_close(network.run(network.feed(images, labels), drop_path_prob=0.25).loss, expected.loss)
+    assert_all_close(network.layout.named(network.store.get('gradient')), expected.gradients)
+    assert_all_close(network.weights(), dict(weights, **expected.statistics))
+
+
+def test_dropped_paths_depend_on_the_seed_and_the_probability():
+    network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 3, 8, drops_paths=True)
+    feed = network.feed(images, labels)
+    whole = plain.train(weights, GENOTYPES['DARTS_V2'], images, labels, 3).loss
+    assert_close(network.run(feed).loss, whole)
+    first, again, other = (network.run(feed, 0.5, seed).loss for seed in (1, 1, 2))
+    assert first == again and len({first, other, whole}) == 3
+    assert_close(network.logits(images), plain.evaluate(network.weights(), GENOTYPES['DARTS_V2'], images, 3).logits)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loss and schedules
+
+def test_label_smoothing_by_hand():
+    """-sum(target * log softmax), target (1 - 0.1) + 0.1 / 7 at the label and 0.1 / 7 elsewhere; not in evaluation."""
+    network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 2, 8, label_smooth=0.1)
+    log_likelihood = log_softmax(plain.train(weights, GENOTYPES['DARTS_V2'], images, labels, 2).logits)
+    targets = np.full((BATCH, CLASSES), 0.1 / 7)
+    targets[range(BATCH), labels] += 0.9
+    assert network.run(network.feed(images, labels)).loss == pytest.approx(
+        -(targets * log_likelihood).sum(axis=1).mean(), rel=1e-8)
+    assert network.evaluate(images, labels).loss == pytest.approx(
+        -log_softmax(network.logits(images))[range(BATCH), labels].mean(), rel=1e-12)
+
+
+def test_schedules_by_hand():
+    assert [utils.cosine(epoch, 600, 0.025) for epoch in (0, 200, 300, 400, 600)] == pytest.approx(
+        [0.025, 0.01875, 0.0125, 0.00625, 0.0])
+    assert [utils.cosine(epoch, 50, 0.025, 0.001) for epoch in (0, 25, 50)] == pytest.approx([0.025, 0.013, 0.001])
+    assert [utils.exponential(epoch, 0.1, 0.97) for epoch in (0, 1, 3)] == pytest.approx([0.1, 0.097, 0.0912673])
+
+
+def test_the_probability_of_dropping_rises_linearly_from_zero():
+    task = SimpleNamespace(args=SimpleNamespace(drop_path_prob=0.2, epochs=600))
+    assert [Training.drop_path_prob(task, epoch) for epoch in (0, 150, 300, 600)] == pytest.approx(
+        [0.0, 0.05, 0.1, 0.2])
+
+
+# ---------------------------------------------------------------------------------------------------
+# What cannot be built or loaded
+
+@pytest.mark.parametrize('kind, channels, layers, settings, reason', [
+    (NetworkCIFAR, 5, 3, {}, 'init_channels is 5, but has to be even and positive'),
+    (NetworkCIFAR, 0, 3, {}, 'init_channels is 0, but has to be even and positive'),
+    (NetworkCIFAR, 2, 3, dict(image_size=30), '30 x 30 cannot be halved .* multiple of 4'),
+    (NetworkImageNet, 2, 3, dict(image_size=48), '48 x 48 cannot be halved .* multiple of 32'),
+    (NetworkCIFAR, 2, 1, dict(auxiliary=0.4), '1 layers and images of 32 x 32 the auxiliary head gets 16 x 16'),
+    (NetworkCIFAR, 2, 3, dict(auxiliary=0.4, image_size=16), 'the auxiliary head gets 4 x 4'),
+    (NetworkCIFAR, 2, 3, dict(auxiliary=0.4, image_size=64), 'the auxiliary head gets 16 x 16'),
+    (NetworkImageNet, 2, 3, dict(auxiliary=0.4, image_size=32), 'the auxiliary head gets 1 x 1')])
+def test_sizes_that_cannot_be_built(kind, channels, layers, settings, reason):
+    with pytest.raises(UserError, match=reason):
+        kind(GENOTYPES['DARTS_PADDLE'], channels, CLASSES, layers, **settings)
+
+
+@pytest.fixture(scope='module')
+def with_head():
+    """A network with an auxiliary head."""
+    return NetworkCIFAR(GENOTYPES['DARTS_V2'], 2, CLASSES, 3, auxiliary=0.4, dtype='float64')
+
+
+@pytest.fixture
+def weights(with_head):
+    return scrambled(with_head.shapes, np.random.default_rng(6))
+
+
+def is_head(name):
+    return name.startswith('auxiliary_head.')
+
+
+def test_loaded_weights_are_all_set(with_head, weights):
+    with_head.load_weights(weights)
+    assert_all_close(with_head.weights(), weights)
+
+
+@pytest.mark.parametrize('name', ['cells.1._ops.2.conv_1.weight', 'cells.2.preprocess1.op.2.running_var',
+                                  'classifier.bias', 'auxiliary_head.features.3.running_mean',
+                                  'auxiliary_head.classifier.weight'])
+def test_a_missing_and_a_misshapen_entry_are_named(with_head, weights, name):
+    name = name if name in weights else next(n for n in weights if n.startswith('cells.1._ops'))
+    array = weights.pop(name)
+    with pytest.raises(UserError, match=rf"weight '{name}' is missing \(1 missing in all\)"):
+        with_head.load_weights(weights)
+    shape = [*array.shape[:-1], array.shape[-1] + 1]
+    with pytest.raises(UserError) as error:
+        with_head.load_weights({**weights, name: np.zeros(shape)})
+    assert str(error.value) == f"weight {name} has shape {shape}, expected {list(array.shape)}"
+
+
+def test_an_unknown_entry_is_named(with_head, weights):
+    for name in ('cells.9.preprocess0.op.1.weight', 'stem.1.num_batches'):
+        with pytest.raises(UserError, match=f"unknown weight '{name}'"):
+            with_head.load_weights({**weights, name: np.zeros(3)})
+
+
+def test_a_part_of_the_auxiliary_head_is_refused(with_head, weights):
+    head = [name for name in weights if is_head(name)]
+    alone = {name: array for name, array in weights.items() if not is_head(name) or name == head[0]}
+    with pytest.raises(UserError, match=rf"'{head[1]}' is missing \({len(head) - 1} missing in all\)"):
+        with_head.load_weights(alone)
+
+
+def test_without_entries_the_auxiliary_head_keeps_its_weights(with_head, weights):
+    before = with_head.weights()
+    with_head.load_weights({name: array for name, array in weights.items() if not is_head(name)})
+    assert_all_close(with_head.weights(), {name: before[name] if is_head(name) else array
+                                           for name, array in weights.items()})
+
+
+def test_entries_of_an_auxiliary_head_are_left_out_where_there_is_none(with_head, weights):
+    network = NetworkCIFAR(GENOTYPES['DARTS_V2'], 2, CLASSES, 3, auxiliary=0.4, trained=False, dtype='float64')
+    network.load_weights(weights)
+    assert_all_close(network.weights(), {name: array for name, array in weights.items() if not is_head(name)})
