@@ -205,17 +205,11 @@ class Network(FlatNetwork):
         The auxiliary head alone may be missing (it keeps its weights) or be too much (it is left out).
         Raises UserError naming what else is missing or unknown, or has a wrong shape.
         """
-        weights = {name: array for name, array in weights.items()
-                   if name in self.shapes or not name.startswith(AUXILIARY)}
-        missing = [name for name in self.shapes if name not in weights]
-        if any(name in weights for name in self.shapes if name.startswith(AUXILIARY)):
-            lacking = missing
-        else:
-            lacking = [name for name in missing if not name.startswith(AUXILIARY)]
-        if lacking:
-            raise UserError(f"weight {lacking[0]!r} is missing ({len(lacking)} missing in all)")
+        if not self.auxiliary_head:
+            weights = {name: array for name, array in weights.items() if not name.startswith(AUXILIARY)}
+        has_auxiliary = any(name.startswith(AUXILIARY) for name in weights)
+        self.check_complete(weights, without=() if has_auxiliary else AUXILIARY)
         self.set_weights(weights)
-
 
     def export(self, path):
         """Writes the network to path.* in Paddle's format for inference: images [N, 3, H, W] -> logits.

@@ -120,7 +120,8 @@ class Supernet(FlatNetwork):
 
     channels: C of the first cell, even; classes; layers: cells, at least 3; dtype: 'float32' or
     'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
-    place: where to compute, the CPU when None; built=False makes no program: names and shapes only. Raises UserError for sizes that cannot be built.
+    place: where to compute, the CPU when None; built=False makes no program: names and shapes only.
+    Raises UserError for sizes that cannot be built.
 
     The weights are the vector `theta` of the store, alpha is `alphas` [2, 14, 8] (normal, reduce);
     `run` leaves the gradients of both in `gradient` and `alpha_gradient`, on the device.
