@@ -282,7 +282,7 @@ class ImageBatches(Batches):
 
 
 class Workers:
-    """Processes that decode pictures; with a count of 0 the calling thread does it.
+    """Processes that decode pictures, to be used in a `with`; with a count of 0 the calling thread does it.
 
     To be made before Paddle computes for the first time: the processes are forked, and a fork does not go
     together with the threads that a computation starts.
@@ -319,10 +319,13 @@ class Workers:
             process.kill()
         return [f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" for code in sorted(codes)]
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Ends the processes; what they have begun is finished."""
         if self._pool:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
 
 
 GRACE = 20                                     # seconds

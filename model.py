@@ -114,7 +114,7 @@ class Network(FlatNetwork):
         size, reductions = self.image_size // self.STEM_STRIDE, len({layers // 3, 2 * layers // 3})
         stride, _ = self.AUXILIARY_HEAD
         if (size // 2 ** reductions - 5) // stride != 1:
-            raise UserError(f"with {layers} layers and images of {self.image_size} x {self.image_size} the auxiliary "
+            raise UserError(f"with --layers {layers} and images of {self.image_size} x {self.image_size} the auxiliary "
                             f"head gets {size // 2 ** reductions} x {size // 2 ** reductions} and cannot be built: "
                             "take 3 layers or more, or --auxiliary False")
 

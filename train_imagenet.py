@@ -36,15 +36,15 @@ def main():
     trainer.start_log()
     genotype = genotypes.load(args.arch)
     data = imagenet_reader.load(args.data_dir, args.class_num)
-    workers = imagenet_reader.Workers(args.num_workers)
-    make_batches = functools.partial(imagenet_reader.ImageBatches, workers=workers, seed=args.seed)
-    trainer.train_or_evaluate(
-        args, genotype, data,
-        functools.partial(NetworkImageNet, genotype, args.init_channels, args.class_num, args.layers,
-                          label_smooth=args.label_smooth),
-        train=lambda: make_batches(data.train, args.batch_size, shuffle=True, augment=True, drop_last=True),
-        test=lambda: make_batches(data.valid, min(args.batch_size, len(data.valid.paths)), shuffle=False),
-        learning_rate=lambda epoch: utils.exponential(epoch, args.learning_rate, args.decay_rate))
+    with imagenet_reader.Workers(args.num_workers) as workers:
+        make_batches = functools.partial(imagenet_reader.ImageBatches, workers=workers, seed=args.seed)
+        trainer.train_or_evaluate(
+            args, genotype, data,
+            functools.partial(NetworkImageNet, genotype, args.init_channels, args.class_num, args.layers,
+                              label_smooth=args.label_smooth),
+            train=lambda: make_batches(data.train, args.batch_size, shuffle=True, augment=True, drop_last=True),
+            test=lambda: make_batches(data.valid, min(args.batch_size, len(data.valid.paths)), shuffle=False),
+            learning_rate=lambda epoch: utils.exponential(epoch, args.learning_rate, args.decay_rate))
 
 
 if __name__ == '__main__':

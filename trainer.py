@@ -48,8 +48,8 @@ class Meter:
 
     def add(self, loss, top1, top5, images):
         self.loss += loss * images
-        self.top1 += top1 * images
-        self.top5 += top5 * images
+        self.top1 += round(top1 * images)          # a number of images, which single precision only nearly gives
+        self.top5 += round(top5 * images)
         self.images += images
 
     def means(self, prefix):

@@ -1,5 +1,6 @@
 """ImageNet's input: files of all kinds, the transformations, worker processes, and what can be wrong."""
 import colorsys
+import contextlib
 import os
 import signal
 import subprocess
@@ -218,14 +219,8 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
 
 @pytest.fixture
 def start_workers():
-    started = []
-
-    def start(count):
-        started.append(Workers(count))
-        return started[-1]
-    yield start
-    for workers in started:
-        workers.close()
+    with contextlib.ExitStack() as stack:
+        yield lambda count: stack.enter_context(Workers(count))
 
 
 def batches(samples, workers, batch_size=7, augment=True, seed=0):

@@ -1,10 +1,6 @@
 """The search as its user runs it: on the sample data, interrupted and resumed, and with bad input."""
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +11,9 @@ import reader
 import train_search
 import trainer
 import utils
+from runs import (assert_one_line, checkpoint, checkpoint_names, history, run, run_well, stop_at,
+                  without_seconds)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ['--dataset', 'fashion_mnist_sample', '--init_channels', '2', '--layers', '3', '--batch_size', '10',
          '--use_gpu', 'False']
 
@@ -30,24 +27,14 @@ def data(tmp_path_factory):
 
 
 def command(folder, *flags):
-    return [sys.executable, os.path.join(ROOT, 'train_search.py'), *SMALL, '--model_save_dir', str(folder), *flags]
-
-
-def search(folder, *flags):
-    return subprocess.run(command(folder, *flags), capture_output=True, text=True)
-
-
-def history(folder):
-    return [json.loads(line) for line in (folder / 'history.jsonl').read_text().splitlines()]
+    return ['train_search.py', *SMALL, '--model_save_dir', folder, *flags]
 
 
 @pytest.fixture(scope='module')
 def second_order(tmp_path_factory, data):
     """A finished second-order search on the sample, -> (folder, what it printed)."""
     folder = tmp_path_factory.mktemp('run') / 'search'
-    done = search(folder, '--data', str(data), '--epochs', '2', '--report_freq', '4')
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, run_well(*command(folder, '--data', data, '--epochs', '2', '--report_freq', '4'))
 
 
 def test_the_loss_falls_and_the_search_writes_what_it_found(second_order):
@@ -80,40 +67,21 @@ def test_what_it_prints(second_order):
 
 
 def test_first_order(tmp_path, data, second_order):
-    done = search(tmp_path / 'search', '--data', str(data), '--epochs', '2', '--unrolled', 'False')
-    assert done.returncode == 0, done.stderr
+    run_well(*command(tmp_path / 'search', '--data', data, '--epochs', '2', '--unrolled', 'False'))
     first, last = history(tmp_path / 'search')
     assert last['train_loss'] < first['train_loss'] - 0.05
     # The same images and initial weights, another gradient of alpha.
     assert first['alphas_normal'] != history(second_order[0])[0]['alphas_normal']
 
 
-def checkpoint(folder):
-    """What the last checkpoint of a folder holds, with what time alone decides taken out."""
-    name = sorted(name for name in os.listdir(folder) if name.startswith('checkpoint-'))[-1]
-    about, state = trainer.read_checkpoint(os.path.join(folder, name))
-    about['meter'].pop('seconds')
-    return name, about, {key: array.tobytes() for key, array in state.items()}
-
-
-def without_seconds(folder):
-    return [{key: value for key, value in line.items() if key != 'seconds'} for line in history(folder)]
-
-
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, data, second_order):
     uninterrupted, _ = second_order
     folder = tmp_path / 'search'
-    flags = ['--data', str(data), '--epochs', '2']
-    process = subprocess.Popen(command(folder, *flags, '--report_freq', '5'), stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if 'epoch 1 step 5/12' in line:
-            process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    flags = ['--data', data, '--epochs', '2']
+    stop_at('epoch 1 step 5/12', *command(folder, *flags, '--report_freq', '5'))
     stopped_at = checkpoint(folder)[1]
     assert stopped_at['epoch'] == 0 and 5 <= stopped_at['step'] < 12
-    done = search(folder, *flags, '--resume', '--num_workers', '0')
-    assert done.returncode == 0, done.stderr
+    run_well(*command(folder, *flags, '--resume', '--num_workers', '0'))
     assert checkpoint(folder) == checkpoint(uninterrupted)
     assert without_seconds(folder) == without_seconds(uninterrupted)
 
@@ -134,8 +102,8 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
     images, labels = rng.integers(0, 256, (18, 3, 32, 32), 'uint8'), np.arange(18) % 10
     data = reader.Dataset('random', 10, tuple('0123456789'), images, labels, images, labels,
                           np.full(3, 0.5, 'float32'), np.full(3, 0.25, 'float32'))
-    run = trainer.Run(args)
-    task = train_search.Search(args, data, run, utils.find_place(False))
+    folder = trainer.Run(args)
+    task = train_search.Search(args, data, folder, utils.find_place(False))
     take_step, done = task.train_step, []
 
     def crashing_step(batch, epoch, step):
@@ -145,7 +113,7 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
         return take_step(batch, epoch, step)
 
     task.train_step = crashing_step
-    trainer.run_epochs(task, run, args)
+    trainer.run_epochs(task, folder, args)
     return len(done)
 
 
@@ -166,7 +134,7 @@ def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, whole, crash_after
     assert tiny_search(broken, resume=True) == 6 - {0: 0, 1: 0, 2: 2, 3: 3, 5: 5}[crash_after]
     assert checkpoint(broken) == checkpoint(whole)
     assert without_seconds(broken) == without_seconds(whole)
-    assert len([name for name in os.listdir(broken) if name.startswith('checkpoint-')]) == 2
+    assert len(checkpoint_names(broken)) == 2
 
 
 def test_a_seed_repeats_itself_and_another_does_not(tmp_path, whole):
@@ -180,7 +148,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
     folder = tmp_path / 'damaged'
     with pytest.raises(Crash):
         tiny_search(folder, crash_after=5)
-    names = sorted(name for name in os.listdir(folder) if name.startswith('checkpoint-'))
+    names = checkpoint_names(folder)
     content = bytearray((folder / names[-1]).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / names[-1]).write_bytes(content)
@@ -188,8 +156,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
     assert f'{names[-1]} is damaged' in capsys.readouterr().out
     assert checkpoint(folder) == checkpoint(whole)
 
-    for name in (name for name in os.listdir(folder) if name.startswith('checkpoint-')):
-        os.truncate(folder / name, 1000)
+    for name in checkpoint_names(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
     with pytest.raises(utils.UserError, match='none of the checkpoints'):
         tiny_search(folder, resume=True)
 
@@ -226,26 +194,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     (['--resume'], 'no checkpoint in'),
 ])
 def test_bad_input_ends_in_one_line(tmp_path, flags, reason):
-    done = search(tmp_path / 'search', *flags)
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and 'Traceback' not in done.stderr
+    assert_one_line(run(*command(tmp_path / 'search', *flags)), reason)
 
 
 def test_a_gpu_that_is_not_there_is_said(tmp_path):
     import paddle
     if paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count():
         pytest.skip('there is a GPU')
-    done = search(tmp_path / 'search', '--use_gpu', 'True')
-    assert done.returncode == 2 and 'finds no GPU' in done.stderr and 'Traceback' not in done.stderr
+    assert_one_line(run(*command(tmp_path / 'search', '--use_gpu', 'True')), 'finds no GPU')
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / 'file').write_text('')
-    done = search(tmp_path / 'file' / 'search')
-    assert done.returncode == 2 and 'cannot write to' in done.stderr
-
-
+    assert_one_line(run(*command(tmp_path / 'file' / 'search')), 'cannot write to')
 
 
 def test_no_damage_to_a_checkpoint_goes_unseen(tmp_path):
