@@ -116,7 +116,7 @@ class Network(FlatNetwork):
         if (size // 2 ** reductions - 5) // stride != 1:
             raise UserError(f"with --layers {layers} and images of {self.image_size} x {self.image_size} the auxiliary "
                             f"head gets {size // 2 ** reductions} x {size // 2 ** reductions} and cannot be built: "
-                            "take 3 layers or more, or --auxiliary False")
+                            "take 2 layers or more, or --auxiliary False")
 
     @property
     def param_count(self):

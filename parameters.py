@@ -347,10 +347,12 @@ class FlatNetwork:
         """Sets what {name: array} names; UserError for an unknown name or a wrong shape."""
         kept = self.layout.statistics.shapes if self.layout.statistics else {}
         trained = {name: array for name, array in weights.items() if name not in kept}
-        self.store.set('theta', self.layout.flat(trained, self.store.get('theta')))
+        vectors = {'theta': self.layout.flat(trained, self.store.get('theta'))}
         if kept:
             statistics = {name: array for name, array in weights.items() if name in kept}
-            self.store.set('statistics', self.layout.statistics.flat(statistics, self.store.get('statistics')))
+            vectors['statistics'] = self.layout.statistics.flat(statistics, self.store.get('statistics'))
+        for name, vector in vectors.items():        # all of them, or none if one cannot be made
+            self.store.set(name, vector)
 
     def check_complete(self, weights, without=()):
         """Raises UserError when {name: array} lacks a weight whose name does not start with `without`."""

@@ -142,7 +142,7 @@ class Pass:
             kept = mean, variance
             mean = x.mean(axis=[0, 2, 3])
             variance = ((x - column(mean)) ** 2).mean(axis=[0, 2, 3])
-            # Paddle keeps the variance that it divides by, not the unbiased estimate that PyTorch keeps.
+            # Paddle (on the CPU) keeps the variance that it divides by, PyTorch would keep the unbiased estimate.
             for kind, before, now in zip(STATISTICS, kept, (mean, variance)):
                 self.statistics[name + kind] = (MOMENTUM * before + (1 - MOMENTUM) * now).numpy()
         x = (x - column(mean)) / paddle.sqrt(column(variance) + EPSILON)

@@ -65,13 +65,11 @@ def run_edge(kind, channels, stride, weights, x, direction, training):
     layout = Layout(running_statistics=True)
     layout.declare(['x'], x.shape)
     build_operation = operation(kind, layout, 'edge', channels, stride)
-    store = Store(paddle.CPUPlace(), 'float64')
-    for name, part in (('theta', layout.seal()), ('statistics', layout.statistics.seal())):
-        assert part.shapes == {k: np.shape(v) for k, v in dict(weights, x=x).items() if k in part.shapes}
-        if part.size:
-            store.set(name, part.flat({k: v for k, v in dict(weights, x=x).items() if k in part.shapes},
-                                      np.zeros(part.size)))
-    assert set(weights) | {'x'} == set(layout.shapes) | set(layout.statistics.shapes)
+    store, values = Store(paddle.CPUPlace(), 'float64'), dict(weights, x=x)
+    assert {**layout.shapes, **layout.statistics.shapes} == {name: array.shape for name, array in values.items()}
+    for vector, part in (('theta', layout.seal()), ('statistics', layout.statistics.seal())):
+        if part.size:                                               # a pool keeps no statistics
+            store.set(vector, part.flat({name: values[name] for name in part.shapes}, np.zeros(part.size)))
 
     def build():
         layout.training = training
@@ -175,6 +173,23 @@ def test_the_sizes_of_the_default_networks():
         assert network.shapes == plain.weight_shapes(genotype, *arguments, kind is NetworkImageNet, auxiliary=True)
         network = kind(genotype, *arguments, auxiliary=0.4, trained=False)
         assert network.size == network.param_count == param_count
+
+
+def test_initial_values():
+    """Convolutions and classifiers uniform in +-1 / sqrt(fan_in); BN starts as no change; drawn from the seed."""
+    def network(seed):
+        return NetworkCIFAR(GENOTYPES['AmoebaNet'], 16, 100, 3, auxiliary=0.4, seed=seed)
+    first, weights = network(1), network(1).weights()
+    for name, array in weights.items():
+        if name.endswith('classifier.bias') or array.ndim > 1:
+            matrix = weights[name.replace('.bias', '.weight')]
+            bound = math.prod(matrix.shape[1:]) ** -0.5
+            assert np.abs(array).max() <= bound * (1 + 1e-6), name
+            assert np.abs(array).max() > 0.9 * bound and np.abs(array.mean()) < 3 * bound / array.size ** 0.5, name
+        else:
+            assert (array == (1 if name.endswith(('.weight', '.running_var')) else 0)).all(), name
+    assert first.store.get('theta').tobytes() != network(2).store.get('theta').tobytes()
+    assert_all_close(first.weights(), weights)
 
 
 def test_multiply_adds_by_hand():
@@ -315,7 +330,7 @@ def test_the_probability_of_dropping_rises_linearly_from_zero():
     (NetworkCIFAR, 0, 3, {}, 'init_channels is 0, but has to be even and positive'),
     (NetworkCIFAR, 2, 3, dict(image_size=30), '30 x 30 cannot be halved .* multiple of 4'),
     (NetworkImageNet, 2, 3, dict(image_size=48), '48 x 48 cannot be halved .* multiple of 32'),
-    (NetworkCIFAR, 2, 1, dict(auxiliary=0.4), '1 layers and images of 32 x 32 the auxiliary head gets 16 x 16'),
+    (NetworkCIFAR, 2, 1, dict(auxiliary=0.4), 'layers 1 and images of 32 x 32 the auxiliary head gets 16 x 16'),
     (NetworkCIFAR, 2, 3, dict(auxiliary=0.4, image_size=16), 'the auxiliary head gets 4 x 4'),
     (NetworkCIFAR, 2, 3, dict(auxiliary=0.4, image_size=64), 'the auxiliary head gets 16 x 16'),
     (NetworkImageNet, 2, 3, dict(auxiliary=0.4, image_size=32), 'the auxiliary head gets 1 x 1')])
