@@ -15,7 +15,7 @@ import paddle.nn.functional as F
 from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES, derive, softmax
 from operations import (BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, avg_pool, batch_norm, conv,
                         linear, max_pool, tile)
-from parameters import Blocks, Evaluation, FlatNetwork, Function, Layout
+from parameters import Blocks, Evaluation, FlatNetwork, Function, Layout, check_numbers
 from utils import UserError
 
 # The columns of alpha, in the order of PRIMITIVES.
@@ -235,13 +235,16 @@ class Supernet(FlatNetwork):
                          by_cell_kind(self.store.get('alpha_gradient')))
 
     def load_weights(self, weights):
-        """Sets all weights, and alpha where it is there, from {name: array}.
+        """Sets all weights, and both alphas if there is one, from {name: array}.
 
         Raises UserError naming what is missing or unknown, or has a wrong shape.
         """
         alphas = {name: array for name, array in weights.items() if name.startswith('alphas_')}
         weights = {name: array for name, array in weights.items() if name not in alphas}
         self.check_complete(weights)
+        missing = [name for name in self.alphas() if alphas and name not in alphas]
+        if missing:
+            raise UserError(f"{missing[0]} is missing beside {', '.join(alphas)}")
         self.set_weights(weights)
         self.set_alphas(alphas)
 
@@ -255,6 +258,7 @@ class Supernet(FlatNetwork):
         for name, array in alphas.items():
             if name not in self.alphas():
                 raise UserError(f"unknown alpha {name!r}: there are {' and '.join(self.alphas())}")
+            check_numbers(name, np.asarray(array))
             if np.shape(array) != both.shape[1:]:
                 raise UserError(f"{name} has shape {list(np.shape(array))}, expected {list(both.shape[1:])}")
             both[list(self.alphas()).index(name)] = array

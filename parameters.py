@@ -147,8 +147,8 @@ class Layout(Blocks):
     def flat(self, weights, vector):
         """A copy of `vector` [size] with the weights of {name: array} in it.
 
-        Raises UserError for an unknown name or a wrong shape; weights that are not named keep
-        their values.
+        Raises UserError for an unknown name, a wrong shape and what is no real number; weights that are
+        not named keep their values.
         """
         unknown = sorted(set(weights) - set(self._names))
         if unknown:
@@ -157,6 +157,7 @@ class Layout(Blocks):
         for name, where, shape in self.slices():
             if name in weights:
                 array = np.asarray(weights[name])
+                check_numbers(name, array)
                 if array.shape != shape:
                     raise UserError(f"weight {name} has shape {list(array.shape)}, expected {list(shape)}")
                 vector[where] = array.reshape(-1)
@@ -169,6 +170,12 @@ class Layout(Blocks):
             size = where.stop - where.start
             vector[where] = value if bound is None else rng.uniform(-bound, bound, size)
         return vector
+
+
+def check_numbers(name, array):
+    """Raises UserError unless the array is of real numbers, all of them finite."""
+    if array.dtype.kind not in 'fiu' or not np.isfinite(array).all():
+        raise UserError(f"{name} is not of finite real numbers ({array.dtype})")
 
 
 class Store:

@@ -86,16 +86,8 @@ class Run:
         return os.path.join(self.folder, name)
 
     def write(self, name, content):
-        """Writes a file as a whole: aside, to the disk, then in place of the one before."""
-        path = self.path(name)
-        with open(path + '.part', 'wb') as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.part', path)
+        """`utils.write_file` of a file in the folder."""
+        utils.write_file(self.path(name), content)
 
     def checkpoints(self):
         """The names of the checkpoints, the oldest first."""
@@ -189,6 +181,23 @@ def read_weights(path):
     except ValueError as error:
         raise UserError(f"{path} holds no weights ({error}); those of PyTorch are converted by "
                         "scripts/convert_weights.py") from None
+
+
+def genotype_of(path, about, arch=None):
+    """The genotype that weights from `read_weights(path)` belong to: what they say of themselves, or else `arch`.
+
+    Raises UserError when neither is there and when the two differ.
+    """
+    try:
+        genotype = genotypes.check(about['genotype']) if about.get('genotype') else None
+    except ValueError as error:
+        raise UserError(f"{path} names no valid genotype: {error}") from None
+    asked = genotypes.load(arch) if arch else genotype
+    if not asked:
+        raise UserError(f"{path} does not say its genotype: give --arch")
+    if genotype not in (None, asked):
+        raise UserError(f"{path} was trained with another genotype than {arch}: {genotype}")
+    return asked
 
 
 def start_log(path=None):

@@ -122,6 +122,25 @@ def check_class_num(class_num, data):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Files
+
+def write_file(path, content):
+    """Writes a file as a whole: aside, to the disk, then in place of the one before.
+
+    content: a text, bytes, or a function that is given the open file.
+    """
+    part = f'{path}.part'
+    with open(part, 'wb') as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Device
 
 def find_place(use_gpu):

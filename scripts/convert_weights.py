@@ -9,6 +9,7 @@ The names are the same on both sides (see README), so that what is done here is 
 shapes, against the network that they have to fit. Kind of network, channels, cells and classes are read from
 the weights. Needs torch (pip install torch), as nothing else here does.
 """
+import io
 import os
 import sys
 
@@ -29,12 +30,18 @@ STATISTICS = ('.running_mean', '.running_var')
 
 
 def from_state_dict(state_dict):
-    """{name: float32 array} of a state dict {name: array}: without prefixes of data-parallel training and counters."""
+    """{name: float32 array} of a state dict {name: array}: without prefixes of data-parallel training and counters.
+
+    Raises UserError for a name that is there with and without the prefix.
+    """
     weights = {}
-    for name, array in state_dict.items():
-        name = name[len('module.'):] if name.startswith('module.') else name
+    for prefixed, array in state_dict.items():
+        name = prefixed[len('module.'):] if prefixed.startswith('module.') else prefixed
+        if name in weights:
+            raise UserError(f"{name!r} is there twice, with the prefix 'module.' and without")
         if not name.endswith(COUNTER):
-            weights[name] = np.asarray(array, 'float32')
+            with np.errstate(over='ignore'):        # what float32 cannot hold is refused where the weights are set
+                weights[name] = np.asarray(array, 'float32')
     return weights
 
 
@@ -58,20 +65,14 @@ def check_supernet(weights):
 
     Running statistics are left out: the supernet here normalises by the batch, always.
     """
-    alphas = {name: array for name, array in weights.items() if name.startswith('alphas_')}
-    weights = {name: array for name, array in weights.items()
-               if name not in alphas and not name.endswith(STATISTICS)}
+    weights = {name: array for name, array in weights.items() if not name.endswith(STATISTICS)}
     for name, dimensions in (('stem.0.weight', 4), ('classifier.weight', 2)):
         if np.ndim(weights.get(name)) != dimensions:
             raise UserError(f"weight {name!r} is missing or has not {dimensions} dimensions")
     layers = len({name.split('.')[1] for name in weights if name.startswith('cells.')})
     supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers, built=False)
-    missing = sorted(set(supernet.shapes) - set(weights))
-    if missing:
-        raise UserError(f"weight {missing[0]!r} is missing ({len(missing)} missing in all)")
-    supernet.set_weights(weights)
-    supernet.set_alphas(alphas)
-    return dict(supernet.weights(), **(supernet.alphas() if alphas else {}))
+    supernet.load_weights(weights)
+    return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
 
 
 def read_supernet(path):
@@ -83,13 +84,16 @@ def read_supernet(path):
     if 'theta' not in arrays:
         return arrays
     try:
-        settings = about['settings']
-        supernet = Supernet(settings['init_channels'], settings['class_num'], settings['layers'], built=False)
+        channels, classes, layers = (about['settings'][key] for key in ('init_channels', 'class_num', 'layers'))
+        # The pointwise convolutions alone are 84 C^2 a cell: do not reserve memory for a supernet that is not there.
+        if 84 * layers * channels ** 2 + classes * channels > arrays['theta'].size:
+            raise ValueError("its settings are those of a larger supernet")
+        supernet = Supernet(channels, classes, layers, built=False)
         for name in ('theta', 'alphas'):
             if arrays[name].shape != supernet.store.get(name).shape:
                 raise ValueError(f"{name} has shape {list(arrays[name].shape)}")
             supernet.store.set(name, arrays[name])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} is no checkpoint of a search: {error}") from None
     return dict(supernet.weights(), **supernet.alphas())
 
@@ -117,38 +121,45 @@ def read_state_dict(path):
     if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(f"{path} holds no state dict but a {type(state_dict).__name__}")
     for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.is_sparse or value.is_complex():
-            raise UserError(f"{path}: the entry {name!r} is no tensor of numbers: {type(value).__name__}")
-    return {name: value.detach().to(torch.float32).numpy() for name, value in state_dict.items()}
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not _is_plain(torch, value):
+            raise UserError(f"{path}: the entry {name!r} is no plain tensor of real numbers but a "
+                            f"{type(value).__name__} {getattr(value, 'dtype', '')}")
+    return {name: value.detach().to(torch.float64).numpy() for name, value in state_dict.items()}
+
+
+def _is_plain(torch, tensor):
+    return (tensor.layout is torch.strided and tensor.device.type == 'cpu'
+            and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex()))
 
 
 def write_state_dict(path, state_dict):
-    torch = import_torch()
-    torch.save({name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}, path)
-
-
-def write_npz(path, about, weights):
-    with open(path, 'wb') as file:
-        trainer.write_arrays(file, about, weights)
+    torch, content = import_torch(), io.BytesIO()
+    torch.save({name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}, content)
+    utils.write_file(path, content.getvalue())
 
 
 def convert(source, target, arch, supernet):
     """Converts the file `source` to the file `target`, whichever of them is the .npz."""
     if source.endswith('.npz') == target.endswith('.npz'):
         raise UserError(f"one of {source} and {target} has to be an .npz of this project, the other a .pt of PyTorch")
-    genotype = None if supernet else genotypes.load(arch)
-    if source.endswith('.npz'):
-        about, weights = ({}, read_supernet(source)) if supernet else trainer.read_weights(source)
+    about, genotype = {}, None if supernet else genotypes.load(arch)
+    if supernet and source.endswith('.npz'):
+        weights = read_supernet(source)
+    elif source.endswith('.npz'):
+        about, weights = trainer.read_weights(source)
+        trainer.genotype_of(source, about, arch)
     else:
-        about, weights = {}, from_state_dict(read_state_dict(source))
+        weights = read_state_dict(source)
         if genotype:
             about = {'genotype': genotype._asdict()}
     try:
+        if target.endswith('.npz'):
+            weights = from_state_dict(weights)
         weights = check_supernet(weights) if supernet else check_discrete(genotype, weights)
     except UserError as error:
         raise UserError(f"{source} does not fit {'a supernet' if supernet else arch}: {error}") from None
     if target.endswith('.npz'):
-        write_npz(target, about, weights)
+        utils.write_file(target, lambda file: trainer.write_arrays(file, about, weights))
     else:
         write_state_dict(target, to_state_dict(weights))
     return weights

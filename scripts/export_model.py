@@ -18,7 +18,6 @@ import utils                       # before paddle: it quiets what paddle says w
 import numpy as np
 import paddle
 
-import genotypes
 import imagenet_reader
 import reader
 import trainer
@@ -87,17 +86,7 @@ def main():
     args = parser.parse_args()
 
     about, weights = trainer.read_weights(args.pretrained)
-    try:
-        genotype = genotypes.check(about['genotype']) if about.get('genotype') else None
-    except ValueError as error:
-        raise UserError(f"{args.pretrained} names no valid genotype: {error}") from None
-    if args.arch:
-        asked = genotypes.load(args.arch)
-        if genotype not in (None, asked):
-            raise UserError(f"{args.pretrained} was trained with another genotype than {args.arch}: {genotype}")
-        genotype = asked
-    if not genotype:
-        raise UserError(f"{args.pretrained} does not say its genotype: give --arch")
+    genotype = trainer.genotype_of(args.pretrained, about, args.arch)
     try:
         network = network_of(genotype, weights, trained=False)
     except UserError as error:
@@ -107,8 +96,7 @@ def main():
     try:
         os.makedirs(args.out, exist_ok=True)
         network.export(os.path.join(args.out, PROGRAM))
-        with open(os.path.join(args.out, DESCRIPTION), 'w', encoding='utf-8') as file:
-            json.dump(description, file, indent=2)
+        utils.write_file(os.path.join(args.out, DESCRIPTION), json.dumps(description, indent=2))
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None
     difference = check(network, args.out)

@@ -1,0 +1,395 @@
+"""The networks of DARTS in PyTorch, edge by edge and operation by operation, as they are usually written there.
+
+They are a second implementation, of two uses: the tests convert weights and compare what both compute, and
+the benchmark measures this project against them. The names in their state dicts are those of the
+authors' code, so that files of weights fit. Nothing else here needs torch (pip install torch).
+
+    network = Supernet(16, 10, 8)
+    optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    architect = Architect(network, optimizer)
+    loss, logits = search_step(network, architect, optimizer, (images, labels), (validation_images, validation_labels))
+"""
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES
+
+
+# ---------------------------------------------------------------------------------------------------
+# Operations: [N, C, H, W] -> the same shape, with stride 2 half as high and wide
+
+def separable(channels, kernel, stride, dilation, affine, inplace=False):
+    """Modules in a row: ReLU (inplace: nothing else reads its input), depthwise k x k, pointwise, BN."""
+    padding = dilation * (kernel // 2)
+    return [nn.ReLU(inplace=inplace),
+            nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels, affine=affine)]
+
+
+class SepConv(nn.Module):
+    """Two separable convolutions, the second with stride 1."""
+
+    def __init__(self, channels, kernel, stride, affine):
+        super().__init__()
+        self.op = nn.Sequential(*separable(channels, kernel, stride, 1, affine),
+                                *separable(channels, kernel, 1, 1, affine, inplace=True))
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class DilConv(nn.Module):
+    """A separable convolution with dilation 2."""
+
+    def __init__(self, channels, kernel, stride, affine):
+        super().__init__()
+        self.op = nn.Sequential(*separable(channels, kernel, stride, 2, affine))
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class ReLUConvBN(nn.Module):
+    """ReLU, convolution 1 x 1 from c_in to c_out channels, BN."""
+
+    def __init__(self, c_in, c_out, affine):
+        super().__init__()
+        self.op = nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class FactorizedReduce(nn.Module):
+    """ReLU, two convolutions 1 x 1 with stride 2, the second one pixel further on, side by side, BN."""
+
+    def __init__(self, c_in, c_out, affine):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, affine=affine)
+
+    def forward(self, x):
+        x = F.relu(x)
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
+
+
+def operation(name, channels, stride, affine):
+    """The module of an operation of the search space or of the published genotypes, but none."""
+    if name == 'max_pool_3x3':
+        return nn.MaxPool2d(3, stride, 1)
+    if name == 'avg_pool_3x3':
+        return nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+    if name == 'skip_connect':
+        return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+    if name == 'conv_7x1_1x7':
+        return nn.Sequential(nn.ReLU(),
+                             nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
+                             nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
+                             nn.BatchNorm2d(channels, affine=affine))
+    kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
+                    'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
+    return kind(channels, kernel, stride, affine)
+
+
+def reduction_cells(layers):
+    """The numbers of the cells that halve the image and double the channels."""
+    return layers // 3, 2 * layers // 3
+
+
+def total(terms):
+    """The sum of a list of tensors; sum() alone would start with one more addition, to 0."""
+    return sum(terms[1:], terms[0])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The supernet of the search
+
+class MixedOp(nn.Module):
+    """The weighted sum of all operations on an edge."""
+
+    def __init__(self, channels, stride):
+        super().__init__()
+        # none adds zero: it keeps its number, for the names of the others, and is left out of the sum.
+        self._ops = nn.ModuleList([nn.Identity()])
+        for name in PRIMITIVES[1:]:
+            op = operation(name, channels, stride, affine=False)
+            if 'pool' in name:
+                op = nn.Sequential(op, nn.BatchNorm2d(channels, affine=False))
+            self._ops.append(op)
+
+    def forward(self, x, weights):
+        """weights: the softmax of alpha, [8]."""
+        return total([weight * op(x) for weight, op in islice(zip(weights.unbind(), self._ops), 1, None)])
+
+
+class MixedCell(nn.Module):
+    """A cell of the supernet: s0, s1, the outputs of the two cells before -> [N, 4 * C, H', W']."""
+
+    def __init__(self, c_prev_prev, c_prev, channels, reduction, reduction_prev):
+        super().__init__()
+        self.reduction = reduction
+        preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
+        self.preprocess0 = preprocess0(c_prev_prev, channels, affine=False)
+        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=False)
+        self._ops = nn.ModuleList(MixedOp(channels, 2 if reduction and state < 2 else 1)
+                                  for node in range(NODES) for state in range(2 + node))
+
+    def forward(self, s0, s1, weights):
+        """weights: the softmax of alpha of all edges, [14, 8]."""
+        weights = weights.unbind()
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for first in FIRST_EDGE:
+            states.append(total([self._ops[first + j](x, weights[first + j]) for j, x in enumerate(states)]))
+        return torch.cat(states[2:], dim=1)
+
+
+class Supernet(nn.Module):
+    """Images [N, 3, H, W] -> logits [N, classes]; channels: C of the first cell; layers: cells, at least 3.
+
+    alphas_normal and alphas_reduce [14, 8] are tensors with gradients beside the parameters: neither
+    parameters() nor state_dict() has them, but they move and change their type with the network.
+    """
+
+    def __init__(self, channels, classes, layers):
+        super().__init__()
+        c_prev_prev = c_prev = 3 * channels
+        self.stem = nn.Sequential(nn.Conv2d(3, c_prev, 3, padding=1, bias=False), nn.BatchNorm2d(c_prev))
+        self.cells, reduction_prev = nn.ModuleList(), False
+        for i in range(layers):
+            reduction = i in reduction_cells(layers)
+            if reduction:
+                channels *= 2
+            self.cells.append(MixedCell(c_prev_prev, c_prev, channels, reduction, reduction_prev))
+            c_prev_prev, c_prev, reduction_prev = c_prev, NODES * channels, reduction
+        self.classifier = nn.Linear(c_prev, classes)
+        self.alphas_normal, self.alphas_reduce = (
+            (1e-3 * torch.randn(EDGES, len(PRIMITIVES))).requires_grad_() for _ in range(2))
+
+    def alphas(self):
+        return [self.alphas_normal, self.alphas_reduce]
+
+    def _apply(self, fn, *args, **kwargs):
+        # What to(), double() and the like go through; alpha stays the tensor that its optimizer has.
+        super()._apply(fn, *args, **kwargs)
+        for alphas in self.alphas():
+            alphas.data = fn(alphas.data)
+        return self
+
+    def forward(self, images):
+        normal, reduce = F.softmax(self.alphas_normal, dim=-1), F.softmax(self.alphas_reduce, dim=-1)
+        s0 = s1 = self.stem(images)
+        for cell in self.cells:
+            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
+        return self.classifier(s1.mean(dim=(2, 3)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The search (arXiv 1806.09055, section 2.3)
+
+class Architect:
+    """Moves alpha of a supernet by Adam on the second-order gradient (unrolled=False: the first-order one).
+
+    optimizer: the torch.optim.SGD that trains the weights; its learning rate, momentum, weight decay and momentum
+    buffers are those of the virtual step.
+    """
+
+    def __init__(self, network, optimizer, arch_learning_rate=3e-4, arch_weight_decay=1e-3, unrolled=True):
+        self.network, self.optimizer, self.unrolled = network, optimizer, unrolled
+        self.weights = list(network.parameters())
+        self.adam = torch.optim.Adam(network.alphas(), arch_learning_rate, betas=(0.5, 0.999),
+                                     weight_decay=arch_weight_decay)
+
+    def step(self, train, valid):
+        """One update of alpha; train, valid: (images [N, 3, H, W], labels [N]). No weight is changed."""
+        for alphas, gradient in zip(self.network.alphas(), self.gradient(train, valid)):
+            alphas.grad = gradient
+        self.adam.step()
+
+    def gradient(self, train, valid):
+        """d_alpha, [normal, reduce], each [14, 8], without the weight decay of alpha."""
+        alphas = self.network.alphas()
+        if not self.unrolled:
+            return list(self._gradients(valid, alphas))
+        xi = self.optimizer.param_groups[0]['lr']
+        before = [weight.detach().clone() for weight in self.weights]
+        self._virtual_step(self._gradients(train, self.weights))
+        gradients = self._gradients(valid, alphas + self.weights)
+        outer, u = gradients[:len(alphas)], gradients[len(alphas):]
+        eps = 0.01 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(u)))
+        plus = self._gradients_at(before, u, eps, train)
+        minus = self._gradients_at(before, u, -eps, train)
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, before)
+        return [o - xi * (p - m) / (2 * eps) for o, p, m in zip(outer, plus, minus)]
+
+    def _gradients(self, batch, inputs):
+        images, labels = batch
+        return torch.autograd.grad(F.cross_entropy(self.network(images), labels), inputs)
+
+    @torch.no_grad()
+    def _virtual_step(self, gradients):
+        """w <- w - xi (mu v + g + lambda w)."""
+        settings = self.optimizer.param_groups[0]
+        change = torch._foreach_add(list(gradients), self.weights, alpha=settings['weight_decay'])
+        # Before the first step of the optimizer there is no buffer, which stands for zero.
+        buffers = [self.optimizer.state[weight].get('momentum_buffer') for weight in self.weights]
+        if buffers[0] is not None:
+            torch._foreach_add_(change, buffers, alpha=settings['momentum'])
+        torch._foreach_add_(self.weights, change, alpha=-settings['lr'])
+
+    def _gradients_at(self, before, direction, length, batch):
+        """The gradients of alpha at the weights before + length * direction."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, torch._foreach_add(before, torch._foreach_mul(direction, length)))
+        return self._gradients(batch, self.network.alphas())
+
+
+def search_step(network, architect, optimizer, train, valid, grad_clip=5.0):
+    """One step of the search, alpha and then the weights -> loss and logits of the training batch, with the new alpha.
+
+    train, valid: (images [N, 3, H, W], labels [N]).
+    """
+    architect.step(train, valid)
+    images, labels = train
+    logits = network(images)
+    loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward(inputs=architect.weights)
+    nn.utils.clip_grad_norm_(architect.weights, grad_clip)
+    optimizer.step()
+    return loss.detach(), logits.detach()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Discrete networks
+
+def drop_path(x, prob):
+    """Drops whole samples of x with probability prob, the others scaled to keep the expectation."""
+    keep = 1 - prob
+    return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
+
+
+class Cell(nn.Module):
+    """A cell of a genotype: s0, s1, the outputs of the two cells before -> [N, len(concat) * C, H', W']."""
+
+    def __init__(self, genotype, c_prev_prev, c_prev, channels, reduction, reduction_prev):
+        super().__init__()
+        preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
+        self.preprocess0 = preprocess0(c_prev_prev, channels, affine=True)
+        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=True)
+        edges, self.concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
+                              (genotype.normal, genotype.normal_concat))
+        self._ops = nn.ModuleList(operation(name, channels, 2 if reduction and state < 2 else 1, affine=True)
+                                  for name, state in edges)
+        self.states = [state for _, state in edges]
+        self.channels_out = len(self.concat) * channels
+
+    def forward(self, s0, s1, drop_path_prob=0.0):
+        states, outputs = [self.preprocess0(s0), self.preprocess1(s1)], []
+        for op, state in zip(self._ops, self.states):
+            x = op(states[state])
+            if self.training and drop_path_prob > 0 and not isinstance(op, nn.Identity):
+                x = drop_path(x, drop_path_prob)
+            outputs.append(x)
+            if len(outputs) == 2:
+                states.append(outputs[0] + outputs[1])
+                outputs = []
+        return torch.cat([states[i] for i in self.concat], dim=1)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier: [N, C, 8, 8] with stride 3 or [N, C, 7, 7] with stride 2 -> [N, classes]."""
+
+    def __init__(self, channels, classes, stride, last_norm):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(),                                   # not in place: the next cell reads its input
+            nn.AvgPool2d(5, stride, count_include_pad=False),
+            nn.Conv2d(channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(128, 768, 2, bias=False),
+            *([nn.BatchNorm2d(768)] if last_norm else []),
+            nn.ReLU(inplace=True))
+        self.classifier = nn.Linear(768, classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Network(nn.Module):
+    """Images [N, 3, H, W] -> logits [N, classes] and those of the auxiliary head (None without it, and in eval()).
+
+    drop_path_prob: an attribute, which the training sets; it has no effect in eval().
+    """
+
+    def __init__(self, genotype, channels, classes, layers, auxiliary=False):
+        super().__init__()
+        self.drop_path_prob = 0.0
+        c_prev_prev, c_prev, reduction_prev = self._make_stem(channels)
+        self.cells = nn.ModuleList()
+        for i in range(layers):
+            reduction = i in reduction_cells(layers)
+            if reduction:
+                channels *= 2
+            cell = Cell(genotype, c_prev_prev, c_prev, channels, reduction, reduction_prev)
+            self.cells.append(cell)
+            c_prev_prev, c_prev, reduction_prev = c_prev, cell.channels_out, reduction
+        self.auxiliary_after = reduction_cells(layers)[1]
+        self.auxiliary_head = None
+        if auxiliary:
+            self.auxiliary_head = AuxiliaryHead(self.cells[self.auxiliary_after].channels_out, classes,
+                                                *self.AUXILIARY_HEAD)
+        self.classifier = nn.Linear(c_prev, classes)
+
+    def forward(self, images):
+        s0, s1 = self._stem(images)
+        auxiliary_logits = None
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
+            if i == self.auxiliary_after and self.auxiliary_head is not None and self.training:
+                auxiliary_logits = self.auxiliary_head(s1)
+        return self.classifier(s1.mean(dim=(2, 3))), auxiliary_logits
+
+
+class NetworkCIFAR(Network):
+    """For images of 32 x 32."""
+
+    AUXILIARY_HEAD = (3, True)              # stride of its pool, whether it has the last BN
+
+    def _make_stem(self, channels):
+        """-> channels of s0 and s1, and whether the first cell has to reduce s0."""
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(3 * channels))
+        return 3 * channels, 3 * channels, False
+
+    def _stem(self, images):
+        x = self.stem(images)
+        return x, x
+
+
+class NetworkImageNet(Network):
+    """For images of 224 x 224."""
+
+    AUXILIARY_HEAD = (2, False)
+
+    def _make_stem(self, channels):
+        self.stem0 = nn.Sequential(
+            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels))
+        self.stem1 = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels))
+        return channels, channels, True
+
+    def _stem(self, images):
+        s0 = self.stem0(images)
+        return s0, self.stem1(s0)
