@@ -196,7 +196,7 @@ def genotype_of(path, about, arch=None):
     if not asked:
         raise UserError(f"{path} does not say its genotype: give --arch")
     if genotype not in (None, asked):
-        raise UserError(f"{path} was trained with another genotype than {arch}: {genotype}")
+        raise UserError(f"{path} was trained with another genotype than {arch}")
     return asked
 
 

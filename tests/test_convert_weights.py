@@ -4,7 +4,6 @@ What needs torch is skipped without it; the checks of names and shapes do not.
 """
 import os
 import pickle
-import subprocess
 import sys
 
 import numpy as np
@@ -18,9 +17,9 @@ from convert_weights import convert
 from model import NetworkCIFAR, NetworkImageNet, network_of
 from model_search import Supernet
 from parameters import MomentumSGD
+from runs import assert_one_line, run, run_well
 from utils import UserError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 COUNTER = '.num_batches_tracked'
 
 
@@ -666,12 +665,36 @@ def test_an_npz_of_text(tmp_path, supernet):
     assert 'classifier.bias' in refused(source, tmp_path / 'target.pt', 'DARTS_PADDLE', supernet)
 
 
+def test_weights_that_say_they_belong_to_another_genotype(tmp_path):
+    """The shapes fit, the states do not."""
+    source = write_npz(tmp_path / 'source.npz', small(), {'genotype': genotypes.DARTS_PADDLE._asdict()})
+    first, *others = genotypes.DARTS_PADDLE.normal
+    other = genotypes.DARTS_PADDLE._replace(normal=((first[0], 1 - first[1]), *others))
+    (tmp_path / 'other.json').write_text(genotypes.dumps(other))
+    assert 'another genotype' in refused(source, tmp_path / 'target.pt', str(tmp_path / 'other.json'))
+
+
+def test_numbers_beyond_single_precision(tmp_path, torch):
+    state_dict = {name: torch.from_numpy(array).double() for name, array in small().items()}
+    state_dict['classifier.bias'][0] = 1e300
+    torch.save(state_dict, tmp_path / 'source.pt')
+    assert 'classifier.bias' in refused(tmp_path / 'source.pt', tmp_path / 'target.npz')
+
+
+def test_a_checkpoint_that_claims_a_supernet_larger_than_itself(tmp_path):
+    supernet = Supernet(CHANNELS, CLASSES, 4, built=False)
+    path = search_checkpoint(tmp_path / 'checkpoint.npz', supernet)
+    about, arrays = trainer.read_arrays(path)
+    for key in ('init_channels', 'class_num', 'layers'):
+        changed = dict(about, settings=dict(about['settings'], **{key: 10 ** 7}))
+        source = write_npz(tmp_path / f'{key}.npz', arrays, changed)
+        assert 'larger supernet' in refused(source, tmp_path / 'target.pt', None, True)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The command line
 
-def run(*flags):
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'scripts', 'convert_weights.py'), *map(str, flags)],
-                          capture_output=True, text=True)
+SCRIPT = 'scripts/convert_weights.py'
 
 
 def test_the_command_line_both_ways(tmp_path, torch):
@@ -680,9 +703,8 @@ def test_the_command_line_both_ways(tmp_path, torch):
     total = sum(array.size for array in weights.values())
     files = [source, tmp_path / 'middle.pt', tmp_path / 'target.npz']
     for one, other in zip(files, files[1:]):
-        done = run('--arch', 'DARTS_PADDLE', one, other)
-        assert (done.returncode, done.stderr) == (0, '')
-        assert done.stdout == f'{other}: {len(weights)} entries, {total:,} numbers\n'
+        output = run_well(SCRIPT, '--arch', 'DARTS_PADDLE', one, other)
+        assert output == f'{other}: {len(weights)} entries, {total:,} numbers\n'
     about, found = trainer.read_weights(str(files[-1]))
     assert same(found, weights) and genotypes.check(about['genotype']) == genotypes.DARTS_PADDLE
 
@@ -692,8 +714,7 @@ def test_the_command_line_for_a_supernet(tmp_path, torch):
     source = search_checkpoint(tmp_path / 'checkpoint.npz', supernet)
     files = [source, tmp_path / 'middle.pt', tmp_path / 'target.npz']
     for one, other in zip(files, files[1:]):
-        done = run('--supernet', one, other)
-        assert (done.returncode, done.stderr) == (0, ''), done.stderr
+        run_well(SCRIPT, '--supernet', one, other)
     assert same(trainer.read_weights(str(files[-1]))[1], dict(supernet.weights(), **supernet.alphas()))
 
 
@@ -708,9 +729,8 @@ def test_the_command_line_for_a_supernet(tmp_path, torch):
     (['--arch', 'DARTS_PADDLE', 'source.npz'], 'target')])
 def test_a_mistake_on_the_command_line(tmp_path, flags, culprit):
     write_npz(tmp_path / 'source.npz', small())
-    done = run(*[tmp_path / flag if flag.endswith(('.npz', '.pt')) else flag for flag in flags])
-    assert done.returncode == 2 and done.stdout == ''
-    assert len(done.stderr.splitlines()) == 1 and culprit in done.stderr and 'Traceback' not in done.stderr
+    assert_one_line(run(SCRIPT, *[tmp_path / flag if flag.endswith(('.npz', '.pt')) else flag for flag in flags]),
+                    culprit)
     assert not (tmp_path / 'target.pt').exists() and not (tmp_path / 'target.npz').exists()
 
 
@@ -720,6 +740,4 @@ def test_a_target_that_cannot_be_written(tmp_path, torch, target):
     if target.endswith('.npz'):
         source, before = str(tmp_path / 'source.pt'), source
         convert(before, source, 'DARTS_PADDLE', False)
-    done = run('--arch', 'DARTS_PADDLE', source, tmp_path / target)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert target in done.stderr and 'Traceback' not in done.stderr
+    assert_one_line(run(SCRIPT, '--arch', 'DARTS_PADDLE', source, tmp_path / target), target)

@@ -11,6 +11,7 @@ import reader
 import train_search
 import trainer
 import utils
+from model_search import Supernet
 from runs import (assert_one_line, checkpoint, checkpoint_names, history, run, run_well, stop_at,
                   without_seconds)
 
@@ -135,6 +136,21 @@ def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, whole, crash_after
     assert checkpoint(broken) == checkpoint(whole)
     assert without_seconds(broken) == without_seconds(whole)
     assert len(checkpoint_names(broken)) == 2
+
+
+def test_a_search_can_start_with_the_weights_and_alphas_of_another(tmp_path, data):
+    supernet = Supernet(2, 10, 3, seed=5, built=False)
+    given = dict(supernet.weights(), **supernet.alphas())
+    with open(tmp_path / 'given.npz', 'wb') as file:
+        trainer.write_arrays(file, {}, given)
+    run_well(*command(tmp_path / 'search', '--data', data, '--epochs', '1', '--unrolled', 'False', '--momentum', '0',
+                      '--learning_rate', '1e-12', '--learning_rate_min', '0', '--arch_learning_rate', '0',
+                      '--pretrained', tmp_path / 'given.npz'))
+    _, state = trainer.read_checkpoint(str(tmp_path / 'search' / checkpoint_names(tmp_path / 'search')[-1]))
+    assert np.array_equal(state['alphas'], [given['alphas_normal'], given['alphas_reduce']])
+    assert np.allclose(state['theta'], supernet.store.get('theta'), atol=1e-9)
+    assert_one_line(run(*command(tmp_path / 'other', '--init_channels', '4', '--pretrained', tmp_path / 'given.npz')),
+                    'weight', 'has shape')
 
 
 def test_a_seed_repeats_itself_and_another_does_not(tmp_path, whole):
