@@ -77,8 +77,8 @@ class Run:
                 raise UserError(f"--resume: there is no checkpoint in {self.folder}")
             start_log(self.path('log.txt'))
             if not args.resume:
-                self.write('args.json', json.dumps(vars(args), indent=2) + '\n')
-                self.write('history.jsonl', '')
+                utils.write_file(self.path('args.json'), json.dumps(vars(args), indent=2) + '\n')
+                utils.write_file(self.path('history.jsonl'), '')
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
 
@@ -86,8 +86,12 @@ class Run:
         return os.path.join(self.folder, name)
 
     def write(self, name, content):
-        """`utils.write_file` of a file in the folder."""
-        utils.write_file(self.path(name), content)
+        """`utils.write_file` of a file in the folder; UserError when it cannot be written."""
+        try:
+            utils.write_file(self.path(name), content)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path(name)}: {error.strerror or error}; the last checkpoint is "
+                            "intact, --resume continues from it") from None
 
     def checkpoints(self):
         """The names of the checkpoints, the oldest first."""
@@ -98,7 +102,8 @@ class Run:
         """Writes the checkpoint of the moment before (epoch, step) and drops all but the last two."""
         about = {'settings': self.settings, 'epoch': epoch, 'step': step, 'meter': vars(meter)}
         try:
-            self.write(f'checkpoint-{epoch:04d}-{step:06d}.npz', lambda file: write_arrays(file, about, state))
+            utils.write_file(self.path(f'checkpoint-{epoch:04d}-{step:06d}.npz'),
+                             lambda file: write_arrays(file, about, state))
         except OSError as error:
             raise UserError(f"no checkpoint could be written to {self.folder}: {error.strerror or error}; "
                             "the one before is intact") from None

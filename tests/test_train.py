@@ -10,6 +10,9 @@ import genotypes
 import make_sample
 import pictures
 import reader
+import train
+import train_imagenet
+import train_search
 import trainer
 from model import NetworkCIFAR, network_of
 from runs import assert_one_line, checkpoint, history, run, run_well, stop_at, without_seconds
@@ -156,10 +159,9 @@ def test_a_genotype_of_a_search_is_trained_and_kept_for_the_resumption(tmp_path,
                     'is from a run with other settings', 'genotype')
 
 
+@pytest.mark.parametrize('finished', ['train_imagenet.py'], indirect=True)
 def test_lists_are_read_too(tmp_path, finished, imagenet, commands):
     script, folder, _ = finished
-    if script != 'train_imagenet.py':
-        pytest.skip('of ImageNet alone')
     for half in ('train', 'val'):
         (tmp_path / half).symlink_to(imagenet / half)
     pictures.write_lists(tmp_path)
@@ -201,3 +203,30 @@ def test_weights_of_another_network_are_refused(finished, commands):
     assert_one_line(run(*command, '--arch', 'DARTS_V2'), 'weight')
     checkpoint_path = folder / checkpoint(folder)[0]
     assert_one_line(run(*command[:-1], checkpoint_path), 'it is a checkpoint', 'best.npz')
+
+
+# Flag: defaults of train_search.py, train.py and train_imagenet.py; None where a script does not have it.
+DEFAULTS = {
+    'batch_size': (64, 96, 128), 'learning_rate': (0.025, 0.025, 0.1), 'learning_rate_min': (0.001, None, None),
+    'decay_rate': (None, None, 0.97), 'momentum': (0.9, 0.9, 0.9), 'weight_decay': (3e-4, 3e-4, 3e-5),
+    'grad_clip': (5, 5, 5), 'epochs': (50, 600, 250), 'init_channels': (16, 36, 48), 'layers': (8, 20, 14),
+    'cutout': (True, True, None), 'cutout_length': (16, 16, None), 'train_portion': (0.5, None, None),
+    'arch_learning_rate': (3e-4, None, None), 'arch_weight_decay': (1e-3, None, None), 'unrolled': (True, None, None),
+    'auxiliary': (None, True, True), 'auxiliary_weight': (None, 0.4, 0.4), 'drop_path_prob': (None, 0.2, 0.0),
+    'label_smooth': (None, None, 0.1), 'arch': (None, 'DARTS_PADDLE', 'DARTS_PADDLE'),
+    'model_save_dir': ('search', 'eval_cifar10', 'eval_imagenet'), 'report_freq': (50, 50, 100)}
+
+
+@pytest.mark.parametrize('number, script', enumerate((train_search, train, train_imagenet)))
+def test_flags_have_the_defaults_of_the_recipes(number, script):
+    args = vars(script.parse_args([]))
+    for flag, defaults in DEFAULTS.items():
+        assert args.get(flag) == defaults[number], flag
+    assert {'num_workers', 'use_gpu', 'seed', 'resume'} <= set(args)
+    if script is train_imagenet:
+        assert (args['data_dir'], args['class_num']) == ('dataset/ILSVRC2012', 1000)
+    else:
+        # None: of the data set, whose folder and number of classes are these.
+        assert (args['dataset'], args['data'], args['class_num']) == ('cifar10', None, None)
+        assert reader.default_folder('cifar10') == 'dataset/cifar10'
+        assert len(reader.DATASETS['cifar10'].class_names) == 10
