@@ -13,8 +13,8 @@ import paddle
 import paddle.nn.functional as F
 
 from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES, derive, softmax
-from operations import (BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, avg_pool, batch_norm, conv,
-                        linear, max_pool, tile)
+from operations import (BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, States, avg_pool, batch_norm,
+                        conv, linear, max_pool)
 from parameters import Blocks, Evaluation, FlatNetwork, Function, Layout, check_numbers
 from utils import UserError
 
@@ -71,8 +71,10 @@ class MixedOps:
 
     def __call__(self, x):
         """x: the states side by side [N, states * C, H, W] -> summands, each [N, nodes * C, H', W']."""
-        edges = tile(F.relu(x), self.nodes)                               # [N, nodes * states * C, H, W]
-        weighted = [op(edges, self.scales[k].tensor) for k, op in self.ops.items()]
+        states = States(x, self.nodes)
+        # Each [N, nodes * states * C, H', W'].
+        weighted = [op(states if k != SKIP else states.rectified, self.scales[k].tensor)
+                    for k, op in self.ops.items()]
 
         pools = [max_pool(x, self.stride), avg_pool(x, self.stride)]
         unweighted = batch_norm(paddle.concat(pools, axis=1))

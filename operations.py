@@ -7,9 +7,12 @@ leave a state this way; a discrete network has n = 1 (see `operation`). It is th
 separate operations, in a fraction of the operators: a depthwise convolution and a batch normalisation
 treat every channel on its own, and a pointwise convolution becomes a grouped one.
 """
+import functools
+
 import paddle
 import paddle.nn.functional as F
 
+import custom_ops
 from parameters import constant
 
 BN_EPSILON = 1e-5
@@ -29,9 +32,20 @@ def linear(x, weight, bias):
     return paddle.matmul(x, weight.tensor, transpose_y=True) + bias.tensor
 
 
-def tile(x, count):
-    """[N, C, H, W] -> [N, count * C, H, W], the channels repeated as a whole."""
-    return paddle.tile(x, [1, count, 1, 1]) if count > 1 else x
+class States:
+    """States side by side, [N, C, H, W], in front of operations that begin with a ReLU.
+
+    copies: how many edges leave each of them; the edges are numbered copy by copy.
+    """
+
+    def __init__(self, x, copies=1):
+        self.x, self.copies = x, copies
+
+    @functools.cached_property
+    def rectified(self):
+        """The input of all edges: [N, copies * C, H, W], made once a program."""
+        x = F.relu(self.x)
+        return paddle.tile(x, [1, self.copies, 1, 1]) if self.copies > 1 else x
 
 
 def max_pool(x, stride):
@@ -115,7 +129,7 @@ class FactorizedReduce:
         self.norm = BatchNorm(layout, [f'{p}.bn' for p in prefixes], c_out, affine)
 
     def convolve(self, x):
-        """All but the BN; x is rectified already when it comes from `tile`: a second ReLU is no change."""
+        """All but the BN; x may be rectified already: a second ReLU is no change."""
         x = F.relu(x)
         first = conv(x, self.first, stride=2, groups=self.edges)
         second = conv(x[:, :, 1:, 1:], self.second, stride=2, groups=self.edges)
@@ -131,7 +145,7 @@ class FactorizedReduce:
 
 
 class SeparableConv:
-    """Depthwise k x k, pointwise, BN, on a rectified input [N, n * C, H, W]."""
+    """ReLU, depthwise k x k, pointwise, BN, on `States`."""
 
     def __init__(self, layout, prefixes, channels, kernel, stride, affine, dilation, first):
         """first: the number of the depthwise convolution in the names of the authors' code."""
@@ -143,32 +157,42 @@ class SeparableConv:
             [f'{p}.op.{first + 1}.weight' for p in prefixes], [channels, channels, 1, 1])
         self.norm = BatchNorm(layout, [f'{p}.op.{first + 2}' for p in prefixes], channels, affine)
 
-    def __call__(self, x, scale=None):
+    def convolve(self, states):
+        """All but the BN."""
+        if custom_ops.enabled():
+            x = custom_ops.separable_conv(states.x, self.depthwise.tensor, self.pointwise.tensor,
+                                          self.stride, self.dilation)
+            for weight in (self.depthwise, self.pointwise):
+                weight.uses += x.shape[2] * x.shape[3]
+            return x
         groups = self.edges * self.channels
-        x = conv(x, self.depthwise, self.stride, self.padding, self.dilation, groups)
-        return self.norm(conv(x, self.pointwise, groups=self.edges), scale)
+        x = conv(states.rectified, self.depthwise, self.stride, self.padding, self.dilation, groups)
+        return conv(x, self.pointwise, groups=self.edges)
+
+    def __call__(self, states, scale=None):
+        return self.norm(self.convolve(states), scale)
 
 
 class DilConv(SeparableConv):
-    """A separable convolution with dilation 2, on a rectified input."""
+    """A separable convolution with dilation 2."""
 
     def __init__(self, layout, prefixes, channels, kernel, stride, affine):
         super().__init__(layout, prefixes, channels, kernel, stride, affine, dilation=2, first=1)
 
 
 class SepConv:
-    """Two separable convolutions, the second with stride 1 behind a ReLU, on a rectified input."""
+    """Two separable convolutions, the second with stride 1."""
 
     def __init__(self, layout, prefixes, channels, kernel, stride, affine):
         self.first = SeparableConv(layout, prefixes, channels, kernel, stride, affine, dilation=1, first=1)
         self.second = SeparableConv(layout, prefixes, channels, kernel, 1, affine, dilation=1, first=5)
 
-    def __call__(self, x, scale=None):
-        return self.second(F.relu(self.first(x)), scale)
+    def __call__(self, states, scale=None):
+        return self.second(States(self.first(states)), scale)
 
 
 class Conv7x1_1x7:
-    """Convolutions 1 x 7 and 7 x 1, BN, on a rectified input: an operation of AmoebaNet (arXiv 1802.01548)."""
+    """ReLU, convolutions 1 x 7 and 7 x 1, BN, on `States`: an operation of AmoebaNet (arXiv 1802.01548)."""
 
     def __init__(self, layout, prefixes, channels, stride, affine):
         self.edges, self.stride = len(prefixes), stride
@@ -176,8 +200,8 @@ class Conv7x1_1x7:
         self.column = layout.declare([f'{p}.2.weight' for p in prefixes], [channels, channels, 7, 1])
         self.norm = BatchNorm(layout, [f'{p}.3' for p in prefixes], channels, affine)
 
-    def __call__(self, x, scale=None):
-        x = conv(x, self.row, [1, self.stride], [0, 3], groups=self.edges)
+    def __call__(self, states, scale=None):
+        x = conv(states.rectified, self.row, [1, self.stride], [0, 3], groups=self.edges)
         return self.norm(conv(x, self.column, [self.stride, 1], [3, 0], groups=self.edges), scale)
 
 
@@ -198,7 +222,7 @@ def operation(name, layout, prefix, channels, stride):
         kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
                         'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
         convolve = kind(layout, [prefix], channels, kernel, stride, affine=True)
-    return lambda x: convolve(F.relu(x))
+    return lambda x: convolve(States(x))
 
 
 def drop_path_masks(count, edges, keep):

@@ -10,6 +10,8 @@ from parameters import MomentumSGD
 
 XI, MU, LAMBDA, CLIP = 0.2, 0.9, 3e-2, 5.0
 
+pytestmark = pytest.mark.usefixtures('operators')
+
 
 def make(rng, unrolled=True, dtype='float64', grad_clip=CLIP):
     supernet = Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8)
@@ -50,7 +52,7 @@ class UnrolledLoss:
 
 
 @pytest.fixture(scope='module')
-def numeric():
+def numeric(operators):
     """A supernet, a batch of each kind, directions in alpha and the numeric derivatives along them."""
     rng = np.random.default_rng(3)
     supernet, optimizer, _ = make(rng)

@@ -20,6 +20,8 @@ CLASSES = 8
 TOLERANCE = 1e-9
 BATCH = 5
 
+pytestmark = pytest.mark.usefixtures('operators')
+
 
 def scrambled(shapes, rng):
     """Weights that leave nothing equal; variances are positive."""

@@ -14,6 +14,8 @@ from utils import UserError
 
 CLASSES = 5
 
+pytestmark = pytest.mark.usefixtures('operators')
+
 
 def make(channels, layers, dtype='float64', image_size=8, seed=0):
     """A supernet, with weights and alpha that leave nothing equal, and a batch."""

@@ -1,0 +1,113 @@
+"""Operators of this project's own for the CPU (README.md in this folder), compiled once and kept in a cache.
+
+`enable()` compiles or finds them and switches them on; programs that are built from then on use them.
+Without a compiler, on a GPU, or after `enable(False)` Paddle's own operators compute the same.
+"""
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import paddle
+
+log = logging.getLogger('darts')
+
+SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'separable_conv.cc')
+FLAGS = ['-O2', '-march=native', '-fopenmp']
+OPERATOR = 'darts_separable_conv'
+KERNELS = (3, 5, 7)                         # sizes that it is compiled for
+
+_state = {'enabled': False, 'loaded': False}
+
+
+def enabled():
+    """Whether programs under construction use the operators of this folder."""
+    return _state['enabled']
+
+
+def enable(wanted=True):
+    """Switches the operators on or off, -> whether they are on. Why they cannot be is logged."""
+    _state['enabled'] = bool(wanted) and _load()
+    return _state['enabled']
+
+
+def separable_conv(x, depthwise, pointwise, stride, dilation):
+    """ReLU, depthwise k x k with padding dilation * (k // 2), pointwise: before the BN, as one operator.
+
+    x [N, S * C, H, W]; depthwise [E * C, 1, k, k] and pointwise [E * C, C, 1, 1] of E edges, of which edge e
+    reads the channels of state e % S; -> [N, E * C, H', W'].
+    """
+    if hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode():
+        return paddle._C_ops._run_custom_op(OPERATOR, x, depthwise, pointwise, stride, dilation)[0]
+    from paddle.base.layer_helper import LayerHelper
+    helper = LayerHelper(OPERATOR)
+    out = helper.create_variable_for_type_inference(x.dtype)
+    helper.append_op(type=OPERATOR, inputs={'X': x, 'Depthwise': depthwise, 'Pointwise': pointwise},
+                     outputs={'Out': out}, attrs={'stride': stride, 'dilation': dilation})
+    return out
+
+
+def _load():
+    if not _state['loaded']:
+        path = library_path()
+        if not os.path.isfile(path):
+            log.info("compiling the operators for this machine (once, half a minute; --custom_ops False does without)")
+            reason = compile_to(path)
+            if reason:
+                log.warning(f"without operators of its own, the search and the training are slower: {reason}")
+                return False
+        from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+        load_op_meta_info_and_register_op(path)
+        _state['loaded'] = True
+    return True
+
+
+def library_path():
+    """Where the compiled operators are kept: a file for each source, Paddle, Python and processor."""
+    with open(SOURCE, 'rb') as file:
+        parts = [file.read(), ' '.join(FLAGS).encode()]
+    parts += [each.encode() for each in (paddle.__version__, paddle.version.commit, platform.python_version(),
+                                         platform.machine(), _processor_features())]
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(cache, 'darts', hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16], 'separable_conv.so')
+
+
+def _processor_features():
+    """What -march=native looks at; a home folder may be shared by different machines."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            return next((line for line in file if line.startswith(('flags', 'Features'))), '')
+    except OSError:
+        return platform.processor()
+
+
+def compile_to(path):
+    """Compiles the operators to the file `path` through Paddle's cpp_extension; -> why not, or None.
+
+    In a process of its own: the compilation talks, and changes logging and the working folder.
+    """
+    if not shutil.which(os.environ.get('CXX', 'g++')):
+        return "there is no C++ compiler (on Debian and Ubuntu: apt install g++)"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            done = subprocess.run([sys.executable, os.path.abspath(__file__), folder], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            library = os.path.join(folder, 'separable_conv', 'separable_conv.so')
+            if done.returncode or not os.path.isfile(library):
+                lines = [line for line in done.stdout.splitlines() if 'rror' in line] or done.stdout.splitlines()
+                return f"they could not be compiled ({(lines or ['no output'])[0].strip()[:200]})"
+            os.replace(library, path)
+    except OSError as error:
+        return f"they could not be kept in {os.path.dirname(path)} ({error.strerror or error})"
+    return None
+
+
+if __name__ == '__main__':
+    from paddle.utils import cpp_extension
+    cpp_extension.load(name='separable_conv', sources=[SOURCE], extra_cxx_cflags=FLAGS, extra_ldflags=['-fopenmp'],
+                       build_directory=sys.argv[1])
