@@ -109,7 +109,7 @@ def main():
     data = reader.load(args.dataset, args.data)
     args.class_num = utils.check_class_num(args.class_num, data)
     run = trainer.Run(args)
-    utils.announce(log, place)
+    trainer.set_up(args, place)
     search = Search(args, data, run, place)
     if args.pretrained:
         search.supernet.load_weights(trainer.read_weights(args.pretrained)[1])

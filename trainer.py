@@ -24,8 +24,10 @@ import sys
 import time
 
 import numpy as np
+import paddle
 from tqdm import tqdm
 
+import custom_ops
 import genotypes
 import utils
 from parameters import MomentumSGD
@@ -35,8 +37,8 @@ from utils import UserError, peak_memory
 log = logging.getLogger('darts')
 
 # Flags that do not change what is computed: a run may be resumed with others.
-FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'resume',
-              'arch', 'pretrained', 'eval_only'}          # the genotype itself is compared
+FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'custom_ops',
+              'resume', 'arch', 'pretrained', 'eval_only'}          # of arch the genotype itself is compared
 KEPT_CHECKPOINTS = 2
 
 
@@ -388,7 +390,7 @@ def train_or_evaluate(args, genotype, data, make_network, train, test, learning_
     pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
     test = test()
     if args.eval_only:
-        utils.announce(log, place)
+        set_up(args, place)
         network = make_network(trained=False, place=place)
         network.load_weights(pretrained)
         meter = evaluate(network, test, args)
@@ -397,7 +399,7 @@ def train_or_evaluate(args, genotype, data, make_network, train, test, learning_
     # A genotype.json may change before the run is resumed.
     args.genotype = json.loads(genotypes.dumps(genotype))
     batches, run = train(), Run(args)
-    utils.announce(log, place)
+    set_up(args, place)
     network = make_network(auxiliary=args.auxiliary_weight if args.auxiliary else 0.0, seed=args.seed,
                            drops_paths=args.drop_path_prob > 0, place=place)
     if pretrained:
@@ -409,6 +411,12 @@ def train_or_evaluate(args, genotype, data, make_network, train, test, learning_
     log.info(f"multiply-adds = {network.multiply_adds / 1e6:.1f}M per image")
     announce_graph(network.store)
     run_epochs(training, run, args)
+
+
+def set_up(args, place):
+    """Says on what the run computes, and chooses the operators for it."""
+    utils.announce(log, place)
+    custom_ops.enable(args.custom_ops and isinstance(place, paddle.CPUPlace))
 
 
 def announce_graph(store):

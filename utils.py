@@ -1,5 +1,6 @@
 """What all scripts share outside of the method: errors, the command line, the device, schedules."""
 import argparse
+import ctypes
 import math
 import os
 import resource
@@ -10,6 +11,23 @@ import warnings
 # Before paddle is imported: its start-up notes are no news to who runs a search.
 os.environ.setdefault('GLOG_minloglevel', '2')
 warnings.filterwarnings('ignore', module=r'paddle\b.*')
+
+
+def _keep_memory():
+    """Lets glibc keep freed memory for the next step instead of giving it back and faulting it in again.
+
+    Paddle takes every tensor from malloc on the CPU. One arena for all threads: its tensors wander between
+    them, and each arena would keep the largest that it has seen.
+    """
+    try:
+        libc = ctypes.CDLL('libc.so.6')
+        for option, value in ((-3, 1 << 30), (-1, 2 ** 31 - 1), (-8, 1)):      # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD,
+            libc.mallopt(option, value)                                       # M_ARENA_MAX
+    except (OSError, AttributeError):
+        pass                       # another C library: it only costs time
+
+
+_keep_memory()
 
 
 class UserError(Exception):
@@ -84,6 +102,8 @@ def add_common_arguments(parser, *, batch_size, learning_rate, weight_decay, epo
         help='of everything random; on the CPU a run with the same seed repeats itself (%(default)s)')
     add('--use_gpu', type=boolean, default=None,
         help='True or False (True where the installed Paddle finds a GPU)')
+    add('--custom_ops', type=boolean, default=True,
+        help="on the CPU, compute with this project's own operators where they can be compiled (%(default)s)")
     add('--num_workers', type=number(int, 0, 64), default=2,
         help='prepare batches beside the computation, so many at a time (%(default)s)')
     add('--report_freq', type=number(int, 1), default=report_freq, help='steps between reports (%(default)s)')

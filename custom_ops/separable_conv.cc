@@ -35,6 +35,26 @@ inline T sum(typename Vector<T, L>::type v) {
   return total;
 }
 
+// Room for the numbers of one thread, kept from call to call: fresh memory costs more than what is computed in it.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : next_(0) {
+    if (static_cast<int64_t>(room_.size()) < size) room_.resize(size);
+  }
+  T* take(int64_t size) {
+    T* start = room_.data() + next_;
+    next_ += size;
+    return start;
+  }
+
+ private:
+  static thread_local std::vector<T> room_;
+  int64_t next_;
+};
+template <typename T>
+thread_local std::vector<T> Scratch<T>::room_;
+
 struct Geometry {
   int64_t n, states, channels, edges;    // edge e reads state e % states; a state has `channels` channels
   int64_t h, w, out_h, out_w, kernel, stride, dilation, padding;
@@ -64,7 +84,9 @@ void pad(const Geometry& g, const T* x, T* padded) {
     T* row = padded + (i + g.padding) * g.row;
     const T* from = x + i * g.w;
     if (g.stride == 1) {
-      for (int64_t j = 0; j < g.w; ++j) row[j + g.padding] = from[j] < 0 ? 0 : from[j];
+      T* to = row + g.padding;
+#pragma omp simd
+      for (int64_t j = 0; j < g.w; ++j) to[j] = from[j] < 0 ? 0 : from[j];      // a NaN stays one
     } else {
       for (int64_t j = 0; j < g.w; ++j) {
         const int64_t c = j + g.padding;
@@ -182,10 +204,16 @@ void multiply_rows(const T* a, int64_t a_row, int64_t a_column, const T* b, int6
   for (; p < size; p += L) multiply_tile<T, L, ROWS, 1>(a, a_row, a_column, b + p, inner, size, out + p);
 }
 
+// Lanes for a product: planes of 8 x 8 are too narrow for the widest vectors, but 64 numbers in a row are not.
+template <typename T>
+constexpr int kMost = 64 / sizeof(T);
+
 // out [rows, size] = a [rows, inner] b [inner, size]; size is a multiple of L.
 template <typename T, int L>
 void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t rows, int64_t inner, int64_t size,
               T* out) {
+  if (L < kMost<T> && size % kMost<T> == 0)
+    return multiply<T, kMost<T>>(a, a_row, a_column, b, rows, inner, size, out);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4)
     multiply_rows<T, L, 4>(a + r * a_row, a_row, a_column, b, inner, size, out + r * size);
@@ -213,6 +241,7 @@ inline void outer_tile(const T* a, const T* b, int64_t size, T* out, int64_t out
 // out [rows, columns] += a [rows, size] b [columns, size]^T; size is a multiple of L.
 template <typename T, int L>
 void add_outer(const T* a, const T* b, int64_t rows, int64_t columns, int64_t size, T* out) {
+  if (L < kMost<T> && size % kMost<T> == 0) return add_outer<T, kMost<T>>(a, b, rows, columns, size, out);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     int64_t c = 0;
@@ -230,19 +259,20 @@ void forward(const Geometry& g, const T* x, const T* depthwise, const T* pointwi
   const int64_t size = g.out_plane(), c_n = g.channels;
 #pragma omp parallel
   {
-    std::vector<T> padded(c_n * g.plane), inner(c_n * size), outer(g.out_row == g.out_w ? 0 : c_n * size);
+    Scratch<T> scratch(c_n * (g.plane + 2 * size));
+    T *padded = scratch.take(c_n * g.plane), *inner = scratch.take(c_n * size), *outer = scratch.take(c_n * size);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < g.n; ++n) {
       for (int64_t s = 0; s < g.states; ++s) {
         for (int64_t c = 0; c < c_n; ++c)
-          pad(g, x + ((n * g.states + s) * c_n + c) * g.h * g.w, padded.data() + c * g.plane);
+          pad(g, x + ((n * g.states + s) * c_n + c) * g.h * g.w, padded + c * g.plane);
         for (int64_t e = s; e < g.edges; e += g.states) {
           for (int64_t c = 0; c < c_n; ++c)
-            correlate<T, L, K, false>(padded.data() + c * g.plane, g.row, g.stride, g.dilation, g.phase,
-                                      depthwise + (e * c_n + c) * K * K, inner.data() + c * size, g.out_h, g.out_row);
+            correlate<T, L, K, false>(padded + c * g.plane, g.row, g.stride, g.dilation, g.phase,
+                                      depthwise + (e * c_n + c) * K * K, inner + c * size, g.out_h, g.out_row);
           T* to = out + (n * g.edges + e) * c_n * g.out_h * g.out_w;
-          T* result = g.out_row == g.out_w ? to : outer.data();
-          multiply<T, L>(pointwise + e * c_n * c_n, c_n, 1, inner.data(), c_n, c_n, size, result);
+          T* result = g.out_row == g.out_w ? to : outer;
+          multiply<T, L>(pointwise + e * c_n * c_n, c_n, 1, inner, c_n, c_n, size, result);
           if (result != to)
             for (int64_t r = 0; r < c_n * g.out_h; ++r)
               std::memcpy(to + r * g.out_w, result + r * g.out_row, g.out_w * sizeof(T));
@@ -264,61 +294,72 @@ void backward(const Geometry& g, const T* x, const T* depthwise, const T* pointw
   // With stride 1 the gradient of the input is a correlation too, with the kernel turned round.
   std::vector<T> turned(depthwise, depthwise + depthwise_size);
   for (int64_t k = 0; k < g.edges * c_n; ++k) std::reverse(turned.begin() + k * taps, turned.begin() + (k + 1) * taps);
-  const int64_t in_row = g.stride == 1 ? g.out_row : 0, in_size = g.stride == 1 ? size : g.plane;
+  const int64_t in_size = g.stride == 1 ? size : g.plane;
 #pragma omp parallel num_threads(threads)
   {
     auto& sums = partial[omp_get_thread_num()];
     sums.assign(with_weights ? depthwise_size + pointwise_size : 0, 0);
-    std::vector<T> padded(c_n * g.plane), inner(c_n * size), inner_gradient(c_n * size), in_gradient(c_n * in_size);
-    std::vector<T> outer(g.out_row == g.out_w ? 0 : c_n * size, 0), padded_gradient(g.stride == 1 ? g.plane : 0, 0);
+    Scratch<T> scratch(c_n * (g.plane + 3 * size + in_size) + g.plane);
+    T *padded = scratch.take(c_n * g.plane), *inner = scratch.take(c_n * size), *outer = scratch.take(c_n * size);
+    T *inner_gradient = scratch.take(c_n * size), *in_gradient = scratch.take(c_n * in_size);
+    T* padded_gradient = scratch.take(g.plane);
+    // What is never written has to be 0: the columns behind out_w, the border of the gradient.
+    std::fill(outer, outer + c_n * size, T(0));
+    std::fill(padded_gradient, padded_gradient + g.plane, T(0));
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < g.n; ++n) {
       for (int64_t s = 0; s < g.states; ++s) {
         const T* from = x + (n * g.states + s) * c_n * g.h * g.w;
-        for (int64_t c = 0; c < c_n; ++c) pad(g, from + c * g.h * g.w, padded.data() + c * g.plane);
-        std::fill(in_gradient.begin(), in_gradient.end(), T(0));
+        for (int64_t c = 0; c < c_n; ++c) pad(g, from + c * g.h * g.w, padded + c * g.plane);
+        std::fill(in_gradient, in_gradient + c_n * in_size, T(0));
         for (int64_t e = s; e < g.edges; e += g.states) {
           const T* d = out_gradient + (n * g.edges + e) * c_n * g.out_h * g.out_w;
           if (g.out_row != g.out_w) {
             for (int64_t r = 0; r < c_n * g.out_h; ++r)
-              std::memcpy(outer.data() + r * g.out_row, d + r * g.out_w, g.out_w * sizeof(T));
-            d = outer.data();
+              std::memcpy(outer + r * g.out_row, d + r * g.out_w, g.out_w * sizeof(T));
+            d = outer;
           }
           if (with_weights) {
             for (int64_t c = 0; c < c_n; ++c)
-              correlate<T, L, K, false>(padded.data() + c * g.plane, g.row, g.stride, g.dilation, g.phase,
-                                        depthwise + (e * c_n + c) * taps, inner.data() + c * size, g.out_h, g.out_row);
-            add_outer<T, L>(d, inner.data(), c_n, c_n, size, sums.data() + depthwise_size + e * c_n * c_n);
+              correlate<T, L, K, false>(padded + c * g.plane, g.row, g.stride, g.dilation, g.phase,
+                                        depthwise + (e * c_n + c) * taps, inner + c * size, g.out_h, g.out_row);
+            add_outer<T, L>(d, inner, c_n, c_n, size, sums.data() + depthwise_size + e * c_n * c_n);
           }
-          multiply<T, L>(pointwise + e * c_n * c_n, 1, c_n, d, c_n, c_n, size, inner_gradient.data());
+          multiply<T, L>(pointwise + e * c_n * c_n, 1, c_n, d, c_n, c_n, size, inner_gradient);
           for (int64_t c = 0; c < c_n; ++c) {
-            const T* one = inner_gradient.data() + c * size;
+            const T* one = inner_gradient + c * size;
             if (with_weights)
-              correlate_weights<T, L, K, (K > 5 ? 1 : K)>(g, padded.data() + c * g.plane, one,
+              correlate_weights<T, L, K, (K > 5 ? 1 : K)>(g, padded + c * g.plane, one,
                                                           sums.data() + (e * c_n + c) * taps);
             if (g.stride == 1) {
               for (int64_t r = 0; r < g.out_h; ++r)
-                std::memcpy(padded_gradient.data() + (r + g.padding) * g.row + g.padding, one + r * g.out_row,
+                std::memcpy(padded_gradient + (r + g.padding) * g.row + g.padding, one + r * g.out_row,
                             g.out_w * sizeof(T));
-              correlate<T, L, K, true>(padded_gradient.data(), g.row, 1, g.dilation, g.phase,
-                                       turned.data() + (e * c_n + c) * taps, in_gradient.data() + c * in_size, g.out_h,
+              correlate<T, L, K, true>(padded_gradient, g.row, 1, g.dilation, g.phase,
+                                       turned.data() + (e * c_n + c) * taps, in_gradient + c * in_size, g.out_h,
                                        g.out_row);
             } else {
-              spread<T, L, K>(g, one, depthwise + (e * c_n + c) * taps, in_gradient.data() + c * in_size);
+              spread<T, L, K>(g, one, depthwise + (e * c_n + c) * taps, in_gradient + c * in_size);
             }
           }
         }
         T* to = x_gradient + (n * g.states + s) * c_n * g.h * g.w;
-        for (int64_t c = 0; c < c_n; ++c)
-          for (int64_t i = 0; i < g.h; ++i)
+        for (int64_t k = 0; k < c_n * g.h; ++k) {
+          const int64_t c = k / g.h, i = k % g.h;
+          const T *passed = from + k * g.w, *gradient = in_gradient + c * in_size;
+          T* row = to + k * g.w;
+          if (g.stride == 1) {
+            gradient += i * g.out_row;
+#pragma omp simd
+            for (int64_t j = 0; j < g.w; ++j) row[j] = passed[j] > 0 ? gradient[j] : 0;
+          } else {
+            gradient += (i + g.padding) * g.row;
             for (int64_t j = 0; j < g.w; ++j) {
-              const int64_t k = (c * g.h + i) * g.w + j, column = j + g.padding;
-              const T value = g.stride == 1
-                                  ? in_gradient[c * in_size + i * in_row + j]
-                                  : in_gradient[c * in_size + (i + g.padding) * g.row +
-                                                column % g.stride * g.phase + column / g.stride];
-              to[k] = from[k] > 0 ? value : 0;
+              const int64_t column = j + g.padding;
+              row[j] = passed[j] > 0 ? gradient[column % g.stride * g.phase + column / g.stride] : 0;
             }
+          }
+        }
       }
     }
   }
@@ -330,10 +371,7 @@ void backward(const Geometry& g, const T* x, const T* depthwise, const T* pointw
   }
 }
 
-// Calls f.template run<L, K>() with the width of the vectors that suits the output and the size of the kernel.
-template <typename F>
-void dispatch_kernel(int64_t kernel, const F& f);
-
+// The width of the vectors that suits rows of out_w numbers.
 int lanes_for(int64_t out_w, int64_t most) {
   int lanes = static_cast<int>(most);
   while (lanes > 4 && out_w <= lanes / 2) lanes /= 2;
