@@ -95,7 +95,7 @@ def test_a_nan_is_not_rectified_away():
 
 
 IN_A_PROCESS = '''
-import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests']
+import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests', {root!r} + '/scripts']
 import numpy as np, utils, custom_ops, trainer, test_custom_ops as t
 trainer.start_log()
 print('on', custom_ops.enable())
