@@ -96,12 +96,11 @@ class Network(FlatNetwork):
             cell = Cell(self.layout, genotype, f'cells.{i}', c_prev_prev, c_prev, channels, reduction, reduction_prev)
             self.cells.append(cell)
             c_prev_prev, c_prev, reduction_prev = c_prev, cell.channels_out, reduction
-            if i == 2 * layers // 3:
-                c_auxiliary = c_prev
         self.auxiliary_after = 2 * layers // 3
         if auxiliary and trained:
             self._check_auxiliary(layers)
-            self.auxiliary_head = AuxiliaryHead(self.layout, c_auxiliary, classes, *self.AUXILIARY_HEAD)
+            self.auxiliary_head = AuxiliaryHead(self.layout, self.cells[self.auxiliary_after].channels_out, classes,
+                                                *self.AUXILIARY_HEAD)
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
         self._place(place, dtype, np.random.default_rng(seed))

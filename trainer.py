@@ -180,7 +180,7 @@ def read_weights(path):
     """
     try:
         if not os.path.isfile(path):
-            raise UserError(f"{path} is missing: give the weights.npz or best.npz of a training")
+            raise UserError(f"{path} is missing: give the last.npz or best.npz of a training")
         about, weights = read_arrays(path)
         if not isinstance(about, dict) or 'settings' in about:
             raise ValueError("it is a checkpoint; the weights are in last.npz and best.npz beside it")

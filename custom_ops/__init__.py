@@ -19,7 +19,6 @@ log = logging.getLogger('darts')
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'separable_conv.cc')
 FLAGS = ['-O2', '-march=native', '-fopenmp']
 OPERATOR = 'darts_separable_conv'
-KERNELS = (3, 5, 7)                         # sizes that it is compiled for
 
 _state = {'enabled': False, 'loaded': False}
 
@@ -55,7 +54,7 @@ def _load():
     if not _state['loaded']:
         path = library_path()
         if not os.path.isfile(path):
-            log.info("compiling the operators for this machine (once, half a minute; --custom_ops False does without)")
+            log.info("compiling the operators for this machine (once, about 20 seconds; --custom_ops False does without)")
             reason = compile_to(path)
             if reason:
                 log.warning(f"without operators of its own, the search and the training are slower: {reason}")

@@ -284,7 +284,7 @@ void forward(const Geometry& g, const T* x, const T* depthwise, const T* pointwi
 
 template <typename T, int L, int K>
 void backward(const Geometry& g, const T* x, const T* depthwise, const T* pointwise, const T* out_gradient,
-              T* x_gradient, T* depthwise_gradient, T* pointwise_gradient, bool with_weights) {
+              T* x_gradient, T* depthwise_gradient, T* pointwise_gradient) {
   const int64_t size = g.out_plane(), c_n = g.channels, taps = K * K;
   const int64_t depthwise_size = g.edges * c_n * taps, pointwise_size = g.edges * c_n * c_n;
   const int threads = omp_get_max_threads();
@@ -298,7 +298,7 @@ void backward(const Geometry& g, const T* x, const T* depthwise, const T* pointw
 #pragma omp parallel num_threads(threads)
   {
     auto& sums = partial[omp_get_thread_num()];
-    sums.assign(with_weights ? depthwise_size + pointwise_size : 0, 0);
+    sums.assign(depthwise_size + pointwise_size, 0);
     Scratch<T> scratch(c_n * (g.plane + 3 * size + in_size) + g.plane);
     T *padded = scratch.take(c_n * g.plane), *inner = scratch.take(c_n * size), *outer = scratch.take(c_n * size);
     T *inner_gradient = scratch.take(c_n * size), *in_gradient = scratch.take(c_n * in_size);
@@ -319,18 +319,15 @@ void backward(const Geometry& g, const T* x, const T* depthwise, const T* pointw
               std::memcpy(outer + r * g.out_row, d + r * g.out_w, g.out_w * sizeof(T));
             d = outer;
           }
-          if (with_weights) {
-            for (int64_t c = 0; c < c_n; ++c)
-              correlate<T, L, K, false>(padded + c * g.plane, g.row, g.stride, g.dilation, g.phase,
-                                        depthwise + (e * c_n + c) * taps, inner + c * size, g.out_h, g.out_row);
-            add_outer<T, L>(d, inner, c_n, c_n, size, sums.data() + depthwise_size + e * c_n * c_n);
-          }
+          for (int64_t c = 0; c < c_n; ++c)
+            correlate<T, L, K, false>(padded + c * g.plane, g.row, g.stride, g.dilation, g.phase,
+                                      depthwise + (e * c_n + c) * taps, inner + c * size, g.out_h, g.out_row);
+          add_outer<T, L>(d, inner, c_n, c_n, size, sums.data() + depthwise_size + e * c_n * c_n);
           multiply<T, L>(pointwise + e * c_n * c_n, 1, c_n, d, c_n, c_n, size, inner_gradient);
           for (int64_t c = 0; c < c_n; ++c) {
             const T* one = inner_gradient + c * size;
-            if (with_weights)
-              correlate_weights<T, L, K, (K > 5 ? 1 : K)>(g, padded + c * g.plane, one,
-                                                          sums.data() + (e * c_n + c) * taps);
+            correlate_weights<T, L, K, (K > 5 ? 1 : K)>(g, padded + c * g.plane, one,
+                                                        sums.data() + (e * c_n + c) * taps);
             if (g.stride == 1) {
               for (int64_t r = 0; r < g.out_h; ++r)
                 std::memcpy(padded_gradient + (r + g.padding) * g.row + g.padding, one + r * g.out_row,
@@ -363,7 +360,6 @@ void backward(const Geometry& g, const T* x, const T* depthwise, const T* pointw
       }
     }
   }
-  if (!with_weights) return;
   for (const auto& sums : partial) {
     if (sums.empty()) continue;                    // fewer threads came than were asked for
     for (int64_t k = 0; k < depthwise_size; ++k) depthwise_gradient[k] += sums[k];
@@ -427,7 +423,7 @@ std::vector<Tensor> Backward(const Tensor& x, const Tensor& depthwise, const Ten
         FOR_LANES(data_t, (backward<data_t, L, K>(g, x.data<data_t>(), depthwise.data<data_t>(),
                                                   pointwise.data<data_t>(), out_gradient.data<data_t>(),
                                                   x_gradient.data<data_t>(), depthwise_gradient.data<data_t>(),
-                                                  pointwise_gradient.data<data_t>(), true)))
+                                                  pointwise_gradient.data<data_t>())))
       }));
   return {x_gradient, depthwise_gradient, pointwise_gradient};
 }
