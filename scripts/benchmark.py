@@ -121,7 +121,7 @@ def our_search(batch_size, unrolled, weights, channels=CHANNELS, layers=LAYERS):
 
 
 def torch_search(batch_size, unrolled, weights, layout):
-    """The same in PyTorch, from the same weights; layout: of the tensors in memory."""
+    """The same in PyTorch, from the same weights; layout: of the tensors in memory, and whether it is compiled."""
     import torch
     from pytorch_networks import Architect, Supernet, search_step
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -131,8 +131,10 @@ def torch_search(batch_size, unrolled, weights, layout):
         for name in ('alphas_normal', 'alphas_reduce'):
             getattr(network, name).copy_(arrays.pop(name))
     network.load_state_dict(arrays, strict=False)
-    memory_format = getattr(torch, layout)
+    memory_format = getattr(torch, layout.split()[0])
     network = network.to(memory_format=memory_format)
+    if layout == COMPILED:
+        network = torch.compile(network)
     batches = [(torch.from_numpy(images).to(memory_format=memory_format), torch.from_numpy(labels))
                for images, labels in random_batches(batch_size)]
     loss = torch.nn.functional.cross_entropy(network(batches[0][0]), batches[0][1])
@@ -171,8 +173,10 @@ def torch_training(batch_size, weights, layout):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=True)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in np.load(weights).items()}, strict=False)
-    memory_format = getattr(torch, layout)
+    memory_format = getattr(torch, layout.split()[0])
     network = network.to(memory_format=memory_format)
+    if layout == COMPILED:
+        network = torch.compile(network)
     (images, labels), _ = random_batches(batch_size)
     images, labels = torch.from_numpy(images).to(memory_format=memory_format), torch.from_numpy(labels)
     optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
@@ -193,6 +197,7 @@ def torch_training(batch_size, weights, layout):
 
 
 LAYOUTS = ('contiguous_format', 'channels_last')
+COMPILED = 'channels_last compiled'
 
 
 def check_same(ours, peers):
@@ -209,16 +214,17 @@ def check_same(ours, peers):
                 raise utils.UserError(f"the two sides do not compute the same: {key} differs by {difference:.1e}")
 
 
-def compare(what, ours, theirs, rounds, **settings):
-    """Rows of the table for steps of both sides, in turns; of the peer's layouts the faster one counts."""
+def compare(what, ours, theirs, args, **settings):
+    """Rows of the table for steps of both sides, in turns; of the peer's layouts the fastest one counts."""
+    layouts = LAYOUTS + (COMPILED,) * args.compile
     with tempfile.TemporaryDirectory() as folder:
         settings['weights'] = os.path.join(folder, 'weights.npz')
         sides = {'ours': Side(ours, **settings)}
-        sides.update((layout, Side(theirs, layout=layout, **settings)) for layout in LAYOUTS)
-    check_same(sides['ours'].answer, [sides[layout].answer for layout in LAYOUTS])
-    seconds = alternate_sides(sides, rounds)
+        sides.update((layout, Side(theirs, layout=layout, **settings)) for layout in layouts)
+    check_same(sides['ours'].answer, [sides[layout].answer for layout in layouts])
+    seconds = alternate_sides(sides, args.rounds)
     memory = {name: side.end() for name, side in sides.items()}
-    best = min(LAYOUTS, key=seconds.get)
+    best = min(layouts, key=seconds.get)
     name = f"PyTorch, {best.replace('_format', '').replace('_', ' ')}"
     return [{'what': f'{what}, time', 'unit': 's', 'ours': seconds['ours'], 'peer': seconds[best], 'peer is': name,
              'ratio': seconds['ours'] / seconds[best]},
@@ -243,13 +249,13 @@ def search_step(args):
     for batch_size in args.batch_size:
         for unrolled in (True, False):
             rows += compare(f"search step, {'second' if unrolled else 'first'} order, batch {batch_size}", 'our_search',
-                            'torch_search', args.rounds, batch_size=batch_size, unrolled=unrolled)
+                            'torch_search', args, batch_size=batch_size, unrolled=unrolled)
     return rows
 
 
 def training_step(args):
     """A step of the training of DARTS_PADDLE for CIFAR-10."""
-    return compare('training step, batch 32', 'our_training', 'torch_training', args.rounds, batch_size=32)
+    return compare('training step, batch 32', 'our_training', 'torch_training', args, batch_size=32)
 
 
 def growth(args):
@@ -511,6 +517,8 @@ def main():
     parser.add_argument('--rounds', type=utils.number(int, 1), default=7, help='timed calls of each (%(default)s)')
     parser.add_argument('--batch_size', type=utils.number(int, 2), nargs='+', default=[16, 64],
                         help='of the steps of the search (%(default)s)')
+    parser.add_argument('--compile', action='store_true',
+                        help='steps: try torch.compile too, which takes many minutes to compile a supernet')
     parser.add_argument('--full', action='store_true', help='start: the size of the search edge by edge too (ten minutes)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
