@@ -4,39 +4,41 @@ Each computes its part of every batch; gradients are averaged, so that all of th
 nothing here does anything.
 """
 import contextlib
-import ctypes
 import io
 import itertools
 import os
-import signal
-import sys
+import time
 
 import numpy as np
 
 from utils import UserError
 
-launched = 'PADDLE_TRAINER_ID' in os.environ
+launched = 'PADDLE_RANK_IN_NODE' in os.environ         # by paddle.distributed.launch
 rank = int(os.environ.get('PADDLE_TRAINER_ID', 0))
 processes = int(os.environ.get('PADDLE_TRAINERS_NUM', 1))
 main = rank == 0                                       # whether this process logs and saves
 _first_here = os.environ.get('PADDLE_RANK_IN_NODE', '0') == '0'
+seconds = 0.0                                          # spent in here so far, with waiting for slower processes
 _places = itertools.count()                            # where `wait` was called
+_parent = os.getppid()
 
 
 def connect(place):
     """Joins the other processes; place: where this one computes. To be called after the fork of any worker."""
-    if launched and sys.platform == 'linux':
-        # A launch that was killed, or that does not pass its signal on, is a reason to save and stop.
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)     # PR_SET_PDEATHSIG
     if processes == 1:
         return
     import paddle
     if isinstance(place, paddle.CPUPlace):
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'   # launch chooses by what the machine has
     paddle.disable_static()
-    with contextlib.redirect_stderr(io.StringIO()), _others_may_end():     # it says its flags
+    with contextlib.redirect_stderr(io.StringIO()), _exchange():     # it says its flags
         paddle.distributed.init_parallel_env()
     paddle.enable_static()
+
+
+def orphaned():
+    """Whether launch has ended, killed or without passing on the signal that ended it."""
+    return launched and os.getppid() != _parent
 
 
 def average(store, *names):
@@ -44,7 +46,7 @@ def average(store, *names):
     if processes == 1:
         return
     import paddle
-    with paddle.base.dygraph.guard(), _others_may_end():
+    with paddle.base.dygraph.guard(), _exchange():
         for name in names:
             tensor = paddle.Tensor(store.scope.find_var(name).get_tensor())      # shares the vector's memory
             paddle.distributed.all_reduce(tensor)
@@ -56,7 +58,7 @@ def total(values):
     if processes == 1:
         return values
     import paddle
-    with paddle.base.dygraph.guard(), _others_may_end():
+    with paddle.base.dygraph.guard(), _exchange():
         tensor = paddle.to_tensor(np.array(values, 'float64'))
         paddle.distributed.all_reduce(tensor)
         return tensor.numpy().tolist()
@@ -73,7 +75,7 @@ def wait():
         return
     import paddle
     store, place = paddle.base.core.create_or_get_global_tcp_store(), f'darts {next(_places)}'
-    with _others_may_end():
+    with _exchange():
         if store.add(place, 1) == processes:
             store.set(f'{place}: all', b'here')
         store.wait(f'{place}: all')
@@ -85,7 +87,7 @@ def of_main(arrays):
     if processes == 1:
         return arrays
     import paddle
-    with paddle.base.dygraph.guard(), _others_may_end():
+    with paddle.base.dygraph.guard(), _exchange():
         tensors = {name: paddle.to_tensor(np.atleast_1d(array)) for name, array in sorted(arrays.items())}
         for tensor in tensors.values():
             paddle.distributed.broadcast(tensor, src=0)
@@ -101,10 +103,14 @@ def one_then_all(function):
 
 
 @contextlib.contextmanager
-def _others_may_end():
-    """Says in a line that the connection to another process broke: that one knows why."""
+def _exchange():
+    """Adds to `seconds`; says in a line that the connection to another process broke: that one knows why."""
+    global seconds
+    began = time.time()
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"another process of this run has ended or cannot be reached ({str(error).strip()[-100:]}); "
                         "the logs of all processes are in launch's --log_dir") from None
+    finally:
+        seconds += time.time() - began

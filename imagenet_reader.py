@@ -249,7 +249,7 @@ def make_batch(paths, key, augment, mine=slice(None)):
             images.append(picture)
             sources.append(source)
             break
-    if augment and not images:
+    if augment and bad and not images:
         path, reason = next(iter(bad.items()))
         raise UserError(f"none of the {len(paths)} pictures of a batch can be read; {path}: {reason}")
     images = np.array(images, 'uint8').reshape(-1, SIZE, SIZE, 3)                # perhaps of no picture

@@ -286,6 +286,9 @@ class _Stop:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def wanted(self):
+        return self.signal is not None or distributed.orphaned()
+
     def exit(self, where):
         """Ends the process as the signal asked for; a checkpoint has been saved."""
         distributed.wait()       # for the main one, which saves: launch ends all when one has ended
@@ -302,7 +305,7 @@ def run_epochs(task, run, args):
     epoch, step, meter = _begin(task, run, args)
     with _Stop() as stop:
         while epoch < args.epochs:
-            began, waited = time.time(), 0.0
+            began, waited, talked = time.time(), 0.0, distributed.seconds
             started = began - meter.seconds              # of the epoch, before a resume too
             batches = prefetch(lambda s: task.batch(epoch, s), range(step, task.steps), args.num_workers)
             with Progress(args.batch_size, total=task.steps, initial=step,
@@ -313,7 +316,7 @@ def run_epochs(task, run, args):
                     waited += time.time() - asked
                     loss, top1, top5, images = task.train_step(batch, epoch, step)
                     # All processes see the same numbers, and so all stop after the same step.
-                    loss, top1, top5, stopping = distributed.mean([loss, top1, top5, stop.signal is not None])
+                    loss, top1, top5, stopping = distributed.mean([loss, top1, top5, stop.wanted()])
                     if not math.isfinite(loss):
                         last = run.path(run.checkpoints()[-1]) if distributed.main else f"in {run.folder}"
                         raise UserError(
@@ -331,15 +334,17 @@ def run_epochs(task, run, args):
                     if stopping:
                         bar.close()
                         stop.exit(f"after step {step} of epoch {epoch + 1}")
-            waiting = 100 * waited / (time.time() - began)
+            part = 100 / (time.time() - began)
+            talking = (f", {part * (distributed.seconds - talked):.1f} % for what the processes exchange"
+                       if distributed.processes > 1 else '')
             validation = task.finish_epoch(epoch)
-            log.info(f"epoch {epoch + 1}: {waiting:.1f} % of the training time was spent waiting for input, "
-                     f"peak memory {peak_memory():.2f} GB")
+            log.info(f"epoch {epoch + 1}: {part * waited:.1f} % of the training time was spent waiting for input"
+                     f"{talking}, peak memory {peak_memory():.2f} GB")
             run.add_history(dict(epoch=epoch + 1, lr=task.learning_rate(epoch), **meter.means('train'), **validation,
                                  seconds=round(time.time() - started, 3)))
             epoch, step, meter = epoch + 1, 0, Meter()
             run.save(task.state(), epoch, step, meter)
-            stopping, = distributed.mean([stop.signal is not None])
+            stopping, = distributed.mean([stop.wanted()])
             if stopping and epoch < args.epochs:
                 stop.exit(f"after epoch {epoch}")
 
