@@ -356,6 +356,30 @@ def test_masks_of_drop_path_differ_between_processes(monkeypatch):
     assert seeds[0] == int(np.random.SeedSequence([3, reader.DROP_PATH, 1, 2]).generate_state(1)[0])
 
 
+def test_what_launch_repeats_is_no_second_signal(monkeypatch):
+    ended, waited = [], []
+    monkeypatch.setattr(signal, 'raise_signal', ended.append)
+    monkeypatch.setattr(distributed, 'wait', lambda: waited.append(True))
+    for launched in (False, True):
+        monkeypatch.setattr(distributed, 'launched', launched)
+        with trainer._Stop() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                if ended:
+                    break                                        # the next one would be no test any more
+            assert stop.wanted() and bool(ended) is not launched
+            ended.clear()
+            if launched:
+                stop._since -= 10
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert ended == [signal.SIGTERM]
+            # Nobody leaves before the main process has saved: launch ends those that are left.
+            with pytest.raises(SystemExit, match='143'):
+                stop.exit('here')
+            assert len(waited) == 1 + launched
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_the_gpu_is_the_one_that_launch_gives(monkeypatch):
     import paddle
     import utils
@@ -364,4 +388,4 @@ def test_the_gpu_is_the_one_that_launch_gives(monkeypatch):
     monkeypatch.setattr(paddle, 'CUDAPlace', lambda number: f'GPU {number}')
     assert utils.find_place(None) == 'GPU 0'
     monkeypatch.setenv('FLAGS_selected_gpus', '2')
-    assert utils.find_place(None) == 'GPU 2' and utils.find_place(False) == paddle.CPUPlace()
+    assert utils.find_place(None) == 'GPU 2' and isinstance(utils.find_place(False), paddle.CPUPlace)
