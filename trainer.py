@@ -45,7 +45,6 @@ log = logging.getLogger('darts')
 FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'custom_ops',
               'resume', 'arch', 'pretrained', 'eval_only'}          # of arch the genotype itself is compared
 KEPT_CHECKPOINTS = 2
-REPEATED = 5.0                   # seconds in which launch may send its SIGTERM several times
 
 
 class Meter:
@@ -271,7 +270,7 @@ class Progress(tqdm):
 class _Stop:
     """Remembers the first SIGINT or SIGTERM; the second one ends the process at once.
 
-    launch sends its SIGTERM several times: what comes within REPEATED seconds is no second one there.
+    Not under launch: it sends its SIGTERM several times in a row, and kills what does not end.
     """
 
     def __enter__(self):
@@ -280,11 +279,10 @@ class _Stop:
         return self
 
     def _remember(self, number, frame):
-        if self.signal is None:
-            self.signal, self._since = number, time.time()
-        elif not distributed.launched or time.time() - self._since > REPEATED:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        self.signal = self.signal or number
+        if not distributed.launched:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)
 
     def wanted(self):
         return self.signal is not None or distributed.orphaned()
@@ -439,8 +437,8 @@ class Training:
 def train_or_evaluate(args, place, genotype, data, make_network, train, test, learning_rate):
     """What train.py and train_imagenet.py do: --eval_only or a training.
 
-    place: from `start`; data: has name, class_names, mean and std; make_network(**settings): a model.Network; train(), test():
-    the batches of both sets; learning_rate(epoch).
+    place: from `start`; data: has name, class_names, mean and std; make_network(**settings): a
+    model.Network; train(), test(): the batches of both sets; learning_rate(epoch).
     """
     pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
     test = test()
