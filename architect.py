@@ -62,7 +62,7 @@ class Architect:
 
     def update(self, train, valid, lr):
         """`step` with batches from `Supernet.feed`."""
-        run = self.supernet.run
+        run, run_alphas = self.supernet.run, self.supernet.run_alphas
         xi = np.array([lr], self.store.dtype)
         if self.unrolled:
             run(train)                   # 1  g = grad_w L_train(w, alpha)
@@ -71,13 +71,13 @@ class Architect:
             run(valid)                   # 3  grad_alpha L_val(w', alpha),  u = grad_w' L_val(w', alpha)
             average(self.store, 'gradient')
             self._plus()                 # 4  eps = r / ||u||,  w + eps u
-            run(train)                   #    grad_alpha L_train(w + eps u, alpha)
+            run_alphas(train)            #    grad_alpha L_train(w + eps u, alpha)
             self._minus()                #    w - eps u
-            run(train)                   #    grad_alpha L_train(w - eps u, alpha)
+            run_alphas(train)            #    grad_alpha L_train(w - eps u, alpha)
             self._second_order(xi=xi)    # 5, 6  d_alpha, and w as it was
             average(self.store, 'd_alpha')          # once for all three gradients of alpha: it is linear in them
         else:
-            run(valid)                   # d_alpha = grad_alpha L_val(w, alpha)
+            run_alphas(valid)            # d_alpha = grad_alpha L_val(w, alpha)
             average(self.store, 'alpha_gradient')
         self.steps += 1
         bias = [1 - BETA1 ** self.steps, 1 - BETA2 ** self.steps]

@@ -256,9 +256,9 @@ class Progress(tqdm):
     def __init__(self, images, **kwargs):
         self.images = images                     # a step
         patient = 0.3 if sys.stderr.isatty() else 30.0          # seconds between lines in a log
-        super().__init__(mininterval=patient, dynamic_ncols=True, leave=False, disable=not distributed.main, bar_format=(
+        super().__init__(mininterval=patient, dynamic_ncols=True, leave=False, bar_format=(
             '{desc} {bar} step {n_fmt}/{total_fmt}, {images_per_second} images/s, {remaining} left{postfix}'),
-            **kwargs)
+            disable=not distributed.main, **kwargs)
 
     @property
     def format_dict(self):

@@ -308,8 +308,8 @@ def test_parts_of_a_batch_of_pictures_are_the_batch_of_one_process(tmp_path, aug
             decoded.append(len(range(len(paths))[mine]))
             return function(paths, key, augment, mine)
 
-    whole, *made = (imagenet_reader.ImageBatches(samples, 5, Workers(), seed=0, shuffle=False, augment=augment, part=part)
-                    for part in ((0, 1), (0, 2), (1, 2)))
+    whole, *made = (imagenet_reader.ImageBatches(samples, 5, Workers(), seed=0, shuffle=False, augment=augment,
+                                                 part=part) for part in ((0, 1), (0, 2), (1, 2)))
     for step in (0, 1, len(whole) - 1):                          # 216 pictures: the last batch has 1
         images, labels = whole.batch(0, step)
         pieces = [each.batch(0, step) for each in made]
@@ -319,8 +319,9 @@ def test_parts_of_a_batch_of_pictures_are_the_batch_of_one_process(tmp_path, aug
 
 
 def test_a_part_without_a_readable_picture_is_empty_in_the_validation(tmp_path):
-    images, sources, bad = imagenet_reader.make_batch([str(tmp_path / 'a'), str(tmp_path / 'b')], [0], False, slice(1, 2))
-    assert images.shape == (0, 3, 224, 224) and not len(sources) and list(bad) == [str(tmp_path / 'b')]
+    paths = [str(tmp_path / 'a'), str(tmp_path / 'b')]
+    images, sources, bad = imagenet_reader.make_batch(paths, [0], False, slice(1, 2))
+    assert images.shape == (0, 3, 224, 224) and not len(sources) and list(bad) == paths[1:]
 
 
 @pytest.mark.parametrize('seen, refused', [(20, True), (60, False)])
