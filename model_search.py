@@ -103,15 +103,13 @@ class Cell:
         self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=False)
         first = len(layout.blocks)
         self.mixed = [MixedOps(layout, mixing, prefix, states, channels, reduction) for states in STATE_GROUPS]
-        self.bundles = None
-        if custom_ops.enabled():
-            bundles = layout.bundles(first)
-            self.bundles = [bundles[tail] for tail in ((1, 3, 3), (1, 5, 5), (channels, 1, 1))]
+        bundles = layout.bundles(first)
+        self.bundles = [bundles[tail] for tail in ((1, 3, 3), (1, 5, 5), (channels, 1, 1))]
 
     def __call__(self, s0, s1, mixing, weight_gradients):
         """mixing: softmax(alpha) [14, 8] of this kind of cell; weight_gradients: whether they are wanted."""
         x = batch_norm(paddle.concat([self.preprocess0.convolve(s0), self.preprocess1.convolve(s1)], axis=1))
-        if self.bundles:
+        if custom_ops.enabled():
             return custom_ops.mixed_cell(x, *(bundle.tensor for bundle in self.bundles), mixing, self.reduction,
                                          weight_gradients, BN_EPSILON)
         nodes, sums = [], []          # sums: what the states so far contribute to the nodes not yet complete
@@ -226,7 +224,7 @@ class Supernet(FlatNetwork):
         return [loss, *self._accuracies(logits, labels)]
 
     def _logits(self, images, theta, alphas, weight_gradients):
-        self.layout.unpack(theta)
+        self.layout.unpack(theta, bundled=custom_ops.enabled())
         weights = F.softmax(alphas, axis=-1)
         if custom_ops.enabled():
             mixing = [paddle.reshape(each, alphas.shape[1:]) for each in paddle.split(weights, 2, axis=0)]

@@ -20,7 +20,8 @@ class Block:
     """n weights of equal shape [out, ...] that one batched operation uses as one tensor [n * out, ...].
 
     `tensor` is the variable of the program under construction, set by `Blocks.unpack`; `uses` counts
-    there the positions of an image that the weights are multiplied at. A block in a `bundle` has no tensor of its own.
+    there the positions of an image that the weights are multiplied at. `bundle` is the `Bundle` that it belongs to,
+    None for most; its blocks have no tensors of their own where a program takes the bundle.
     """
 
     def __init__(self, count, shape):
@@ -36,7 +37,7 @@ class Bundle:
 
     def __init__(self, blocks):
         self.rows = sum(block.rows for block in blocks)
-        self.tensor, self.uses = None, 0
+        self.tensor = None
         for block in blocks:
             block.bundle = self
 
@@ -78,19 +79,26 @@ class Blocks:
                 self.size += block.size
         return self
 
-    def unpack(self, vector):
-        """Gives every block its tensor: a piece of `vector` ([size], in the program under construction)."""
+    def unpack(self, vector, bundled=False):
+        """Gives every block its tensor: a piece of `vector` ([size], in the program under construction).
+
+        bundled: gives every bundle its tensor instead, and only what is in none to the block.
+        """
+        self._pieces = []
         families = _split(vector, [sum(b.size for b in blocks) for blocks in self.families.values()])
         for (tail, blocks), family in zip(self.families.items(), families):
             if tail:
                 family = paddle.reshape(family, [-1, *tail])
-            pieces = list(dict.fromkeys(block.bundle or block for block in blocks))
+            pieces = list(dict.fromkeys(bundled and block.bundle or block for block in blocks))
             for piece, tensor in zip(pieces, _split(family, [piece.rows for piece in pieces])):
-                piece.tensor, piece.uses = tensor, 0
+                piece.tensor = tensor
+            for block in blocks:
+                block.uses = 0
+            self._pieces.append(pieces)
 
     def pack(self):
         """The inverse of `unpack`: the vector [size] of all tensors as they are now."""
-        families = [_concat([block.tensor for block in blocks]) for blocks in self.families.values()]
+        families = [_concat([piece.tensor for piece in pieces]) for pieces in self._pieces]
         return _concat([paddle.reshape(family, [-1]) if len(family.shape) > 1 else family for family in families])
 
 

@@ -3,6 +3,7 @@
 `enable()` compiles or finds them and switches them on; programs that are built from then on use them.
 Without a compiler, on a GPU, or after `enable(False)` Paddle's own operators compute the same.
 """
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -18,9 +19,9 @@ import paddle
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = [os.path.join(HERE, name) for name in ('separable_conv.cc', 'mixed_cell.cc')]
+SOURCES = [os.path.join(HERE, name) for name in ('conv_norm.cc', 'mixed_cell.cc')]
 HEADERS = [os.path.join(HERE, 'kernels.h')]
-FLAGS = ['-O3', '-march=native', '-fopenmp']
+FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
 
 _state = {'enabled': False, 'loaded': False}
 
@@ -36,14 +37,29 @@ def enable(wanted=True):
     return _state['enabled']
 
 
-def separable_conv(x, depthwise, pointwise, stride, dilation):
-    """ReLU, depthwise k x k with padding dilation * (k // 2), pointwise: before the BN, as one operator.
+@contextlib.contextmanager
+def without():
+    """Paddle's own operators for the programs built meanwhile."""
+    before, _state['enabled'] = _state['enabled'], False
+    try:
+        yield
+    finally:
+        _state['enabled'] = before
 
-    x [N, S * C, H, W]; depthwise [E * C, 1, k, k] and pointwise [E * C, C, 1, 1] of E edges, of which edge e
-    reads the channels of state e % S; -> [N, E * C, H', W'].
+
+def conv_norm(x, depthwise, pointwise, affine, running, mask, stages, stride, dilation, training, epsilon, momentum):
+    """ReLU, depthwise k x k (padding dilation * (k // 2)), pointwise, batch normalisation, as one operator.
+
+    x [N, C_in, H, W]; depthwise [C, 1, k, k] with k of 3, 5, 7, or [1, 1, 1, 1] for none; pointwise [C, C_in, 1, 1]; affine
+    [2 * C]: scale, shift; running [2 * C]: mean, variance; mask: None, or [N, 1, 1, 1] that the result is multiplied by.
+    With stages 2 the whole is repeated with stride 1, its weights behind those of the first. training: whether to
+    normalise by the batch and to move the running statistics. -> the result [N, C, H', W'] and the running statistics.
     """
-    return _build('darts_separable_conv', {'X': x, 'Depthwise': depthwise, 'Pointwise': pointwise}, ['Out'],
-                  {'stride': stride, 'dilation': dilation})
+    return _build('darts_conv_norm', {'X': x, 'Depthwise': depthwise, 'Pointwise': pointwise, 'Affine': affine,
+                                      'Running': running, 'Mask': running if mask is None else mask},
+                  ['Out', 'Saved', 'Statistics', 'NewRunning'],
+                  {'stages': stages, 'stride': stride, 'dilation': dilation, 'training': training,
+                   'masked': mask is not None, 'epsilon': epsilon, 'momentum': momentum})[::3]
 
 
 def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_gradients, epsilon):
@@ -56,18 +72,23 @@ def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_g
     """
     return _build('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5, 'Pointwise': pointwise,
                                        'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],
-                  {'reduction': reduction, 'weight_gradients': weight_gradients, 'epsilon': epsilon})
+                  {'reduction': reduction, 'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
 
 
 def _build(operator, inputs, outputs, attributes):
-    """Puts an operator into the program under construction, -> its first output."""
-    if hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode():
-        return paddle._C_ops._run_custom_op(operator, *inputs.values(), *attributes.values())[0]
+    """Puts an operator into the program under construction, -> its outputs."""
+    if in_pir_mode():
+        return paddle._C_ops._run_custom_op(operator, *inputs.values(), *attributes.values())
     from paddle.base.layer_helper import LayerHelper
     helper = LayerHelper(operator)
     outputs = {name: helper.create_variable_for_type_inference(inputs['X'].dtype) for name in outputs}
     helper.append_op(type=operator, inputs=inputs, outputs=outputs, attrs=attributes)
-    return next(iter(outputs.values()))
+    return list(outputs.values())
+
+
+def in_pir_mode():
+    """Whether Paddle keeps programs in its intermediate representation (from 3.0 on)."""
+    return hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode()
 
 
 def _load():
@@ -83,6 +104,11 @@ def _load():
         from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
         load_op_meta_info_and_register_op(path)
         ctypes.c_int.in_dll(ctypes.CDLL(path), 'darts_threads').value = utils.threads()
+        try:
+            # One operator after the other: these use all cores themselves.
+            paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})
+        except ValueError:
+            pass                                       # Paddle 2.6 has no such flag
         _state['loaded'] = True
     return True
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "paddle/extension.h"
@@ -47,6 +48,49 @@ inline T sum(typename Vector<T, L>::type v) {
 }
 
 inline int threads() { return darts_threads > 0 ? darts_threads : omp_get_max_threads(); }
+
+// The sums of L vectors side by side in one: in each of log2 L steps two vectors become one, and what is not yet added up
+// lies in runs of half the length.
+template <typename T, int L>
+struct Sums {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  typedef typename Vector<T, L>::type V;
+
+  template <int RUN>
+  static V pair(V a, V b) {
+    static const struct Places {
+      alignas(64) Index first[L], second[L];
+      Places() {
+        for (int i = 0; i < L; ++i) {
+          first[i] = i / RUN % 2 * L + i / (2 * RUN) * 2 * RUN + i % RUN;
+          second[i] = first[i] + RUN;
+        }
+      }
+    } places;
+    return pick(a, b, places.first) + pick(a, b, places.second);
+  }
+  static V pick(V a, V b, const Index* places) {
+#if defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(a, b, *reinterpret_cast<const typename Vector<Index, L>::type*>(places));
+#else
+    V picked;
+    for (int i = 0; i < L; ++i) picked[i] = places[i] < L ? a[places[i]] : b[places[i] - L];
+    return picked;
+#endif
+  }
+  // COUNT vectors, whose numbers have been added up in runs of L / COUNT.
+  template <int COUNT>
+  static V of(const V* v) {
+    if constexpr (COUNT == 1) {
+      return v[0];
+    } else {
+      V halves[COUNT / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT / 2; ++i) halves[i] = pair<L / COUNT>(v[2 * i], v[2 * i + 1]);
+      return of<COUNT / 2>(halves);
+    }
+  }
+};
 
 // Room for the numbers of one thread, kept from call to call: fresh memory costs more than what is computed in it.
 template <typename T>
@@ -292,6 +336,14 @@ inline void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, i
       for (int c = 0; c < COLUMNS; ++c) sums[r][c] += row * columns[c];
     }
   }
+  if constexpr (ROWS * COLUMNS % L == 0) {
+    T all[ROWS * COLUMNS];
+#pragma GCC unroll 4
+    for (int k = 0; k < ROWS * COLUMNS; k += L) store<T, L>(all + k, Sums<T, L>::template of<L>(&sums[0][0] + k));
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += all[r * COLUMNS + c];
+    return;
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
@@ -362,6 +414,107 @@ struct Separable {
     }
   }
 };
+
+// Mean and sum of squared deviations of the numbers of a plane.
+template <typename T>
+void take_moments(const Geometry& g, const T* plane, double* moments) {
+  T total = 0, squares = 0;
+  for (int64_t i = 0; i < g.rows(); ++i)
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < g.columns(); ++j) total += plane[i * g.out_row + j];
+  const T mean = total / (g.out_h * g.out_w);
+  for (int64_t i = 0; i < g.rows(); ++i)
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < g.columns(); ++j) {
+      const T deviation = plane[i * g.out_row + j] - mean;
+      squares += deviation * deviation;
+    }
+  moments[0] = mean, moments[1] = squares;
+}
+
+// The moments of n planes of `size` numbers, `step` apart -> those of all of them, as mean and variance.
+inline void combine_moments(const double* moments, int64_t n, int64_t step, double size, double* mean, double* variance) {
+  double squares = 0;
+  *mean = 0;
+  for (int64_t k = 0; k < n; ++k) *mean += moments[k * step] / n;
+  for (int64_t k = 0; k < n; ++k) {
+    const double deviation = moments[k * step] - *mean;
+    squares += moments[k * step + 1] + size * deviation * deviation;
+  }
+  *variance = squares / (size * n);
+}
+
+// to = factor (d - d_mean - (y - mean) slope): back through a normalisation. With d the gradient behind it, d_mean its
+// mean, slope = rstd^2 times the mean of d (y - mean), and factor the scale times rstd.
+template <typename T>
+void differentiate(const Geometry& g, const T* d, const T* y, T factor, T d_mean, T mean, T slope, T* to) {
+  for (int64_t i = 0; i < g.rows(); ++i)
+#pragma omp simd
+    for (int64_t j = 0; j < g.columns(); ++j) {
+      const int64_t p = i * g.out_row + j;
+      to[p] = factor * (d[p] - d_mean - (y[p] - mean) * slope);
+    }
+}
+
+// relu(factor (y - mean) + shift), padded: what comes into the second half of a separable convolution.
+template <typename T>
+void normalise(const Geometry& g, const T* y, int64_t y_row, T factor, T mean, T shift, T* padded) {
+  for (int64_t i = 0; i < g.h; ++i) {
+    const T* from = y + i * y_row;
+    fill_row(g, padded, i, [=](int64_t j) {
+      const T value = factor * (from[j] - mean) + shift;
+      return value < 0 ? T(0) : value;
+    });
+  }
+}
+
+// The sums of d and of d (y - mean); d is 0 in the columns behind the end.
+template <typename T>
+void add_up(const Geometry& g, const T* d, const T* y, T mean, double* sums) {
+  T total = 0, dot = 0;
+#pragma omp simd reduction(+ : total, dot)
+  for (int64_t p = 0; p < g.size; ++p) total += d[p], dot += d[p] * (y[p] - mean);
+  sums[0] = total, sums[1] = dot;
+}
+
+// A gradient in front of a ReLU. By value: the compiler would not vectorise a conditional read.
+template <typename T>
+inline T passed(T value, T gradient) {
+  return value > 0 ? gradient : T(0);
+}
+
+// to = the gradient d in front of relu(factor (y - mean) + shift), 0 in the columns behind the end; and the sums of `to`
+// and of to (y - mean). Written with vectors: the compiler makes a branch of it.
+template <typename T, int L>
+void through_normalised_relu(const Geometry& g, const T* y, T factor, T mean, T shift, const T* d, T* to, double* sums) {
+  typename Vector<T, L>::type total{}, dot{}, nothing{};
+  for (int64_t p = 0; p < g.size; p += L) {
+    const auto centred = load<T, L>(y + p) - mean;
+    const auto one = factor * centred + shift > nothing ? load<T, L>(d + p) : nothing;
+    store<T, L>(to + p, one);
+    if (g.out_row == g.out_w) total += one, dot += one * centred;
+  }
+  sums[0] = sum<T, L>(total), sums[1] = sum<T, L>(dot);
+  if (g.out_row == g.out_w) return;
+  for (int64_t i = 0; i < g.out_h; ++i) std::fill(to + i * g.out_row + g.out_w, to + (i + 1) * g.out_row, T(0));
+  add_up(g, to, y, mean, sums);
+}
+
+// to [h, w] = the gradient of x behind the ReLU: `gradient` is laid out like an output plane (stride 1) or padded.
+template <typename T>
+void through_relu(const Geometry& g, const T* x, const T* gradient, T* to) {
+  for (int64_t i = 0; i < g.h; ++i) {
+    const T* value = x + i * g.w;
+    if (g.stride == 1) {
+      const T* from = gradient + i * g.out_row;
+#pragma omp simd
+      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] = passed(value[j], from[j]);
+    } else {
+      const T* from = gradient + (i + g.padding) * g.row;
+      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] = passed(value[j], from[g.at(0, j + g.padding)]);
+    }
+  }
+}
 
 // [n, K, K] -> every kernel turned round, with which the gradient of a correlation is one.
 template <typename T>

@@ -98,7 +98,7 @@ class MixedCell {
               T* mean = image + (pool_row(s, 1) + c) * size_;
               pool(geometry, state + c * geometry.h * geometry.w, bordered, max, mean);
             }
-            for (int which = 0; which < 2; ++which) take_moments(image, image_moments, pool_row(s, which));
+            for (int which = 0; which < 2; ++which) take_all_moments(image, image_moments, pool_row(s, which));
             for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
               const Edge& edge = kEdge[e];
               if (edge.state != s) continue;
@@ -108,14 +108,14 @@ class MixedCell {
               sep5.forward(padded, depthwise5 + depthwise_at(edge, 0, 25), product(kSep5First), inner, result(kSep5First));
               dil3.forward(padded, depthwise3 + depthwise_at(edge, 2, 9), product(kDil3Only), inner, result(kDil3Only));
               dil5.forward(padded, depthwise5 + depthwise_at(edge, 2, 25), product(kDil5Only), inner, result(kDil5Only));
-              for (int k : {kSep3First, kSep5First, kDil3Only, kDil5Only}) take_moments(image, image_moments, row(edge, k));
+              for (int k : {kSep3First, kSep5First, kDil3Only, kDil5Only}) take_all_moments(image, image_moments, row(edge, k));
               if (reduction_ && g == 0) {
                 for (int half = 0; half < 2; ++half) {
                   gather(geometry, padded, half, inner);
                   multiply<T, L>(pointwise + factorized_at(edge, half), c_, 1, inner, nodes_.step, c_ / 2, c_, size_,
                                  image + (factorized_row(edge) + half * c_ / 2) * size_, size_);
                 }
-                take_moments(image, image_moments, factorized_row(edge));
+                take_all_moments(image, image_moments, factorized_row(edge));
               }
             }
           }
@@ -135,13 +135,13 @@ class MixedCell {
           double* image_moments = moments.data() + n * rows * 2;
           for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
             const Edge& edge = kEdge[e];
-            normalise(image, statistics, row(edge, kSep3First), between);
+            normalise_all(image, statistics, row(edge, kSep3First), between);
             sep3_second.forward(between, depthwise3 + depthwise_at(edge, 1, 9), pointwise + pointwise_at(edge, kSep3Second),
                                 inner, image + row(edge, kSep3Second) * size_);
-            normalise(image, statistics, row(edge, kSep5First), between);
+            normalise_all(image, statistics, row(edge, kSep5First), between);
             sep5_second.forward(between, depthwise5 + depthwise_at(edge, 1, 25), pointwise + pointwise_at(edge, kSep5Second),
                                 inner, image + row(edge, kSep5Second) * size_);
-            for (int k : {kSep3Second, kSep5Second}) take_moments(image, image_moments, row(edge, k));
+            for (int k : {kSep3Second, kSep5Second}) take_all_moments(image, image_moments, row(edge, k));
           }
         }
         for (int e = group.first_edge; e < group.first_edge + group.edges; ++e)
@@ -290,7 +290,7 @@ class MixedCell {
           const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[dot]];
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t from = dot_row(edge, dot) + c;
-            differentiate(gradient.get() + (n * c4 + edge.node * c_ + c) * size_, saved + (n * rows + from) * size_,
+            differentiate(nodes_, gradient.get() + (n * c4 + edge.node * c_ + c) * size_, saved + (n * rows + from) * size_,
                           weight * statistics[from * 2 + 1], mean_gradient[edge.node * c_ + c], statistics[from * 2],
                           slope[(edge.position * kDots + dot) * c_ + c], to + c * nodes_.step);
           }
@@ -304,7 +304,7 @@ class MixedCell {
             for (int which = 0; which < 2; ++which) {
               const int64_t first = row(edge, which ? kSep5First : kSep3First);
               gradient_of(n, edge, which ? kSep5Dot : kSep3Dot, convolved);
-              normalise(image, statistics, first, between);
+              normalise_all(image, statistics, first, between);
               std::fill(in_gradient, in_gradient + c_ * nodes_.step, T(0));
               const int64_t product = pointwise_at(edge, which ? kSep5Second : kSep3Second);
               if (which) {
@@ -317,19 +317,10 @@ class MixedCell {
                                      inner_gradient, second_bordered, at(gradient3, k), at(gradient1, product), in_gradient);
               }
               for (int64_t c = 0; c < c_; ++c) {
-                const T *y = image + (first + c) * size_, *from = in_gradient + c * nodes_.step;
-                const T mean = statistics[(first + c) * 2];
-                T* to = first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_;
-                T total = 0, dot = 0;
-                for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd reduction(+ : total, dot)
-                  for (int64_t j = 0; j < nodes_.columns(); ++j) {
-                    const int64_t p = i * nodes_.out_row + j;
-                    const T centred = y[p] - mean, d = centred > 0 ? from[p] : T(0);
-                    to[p] = d, total += d, dot += d * centred;
-                  }
-                double* both = first_sums.data() + (((n * kEdges + e) * 2 + which) * c_ + c) * 2;
-                both[0] = total, both[1] = dot;
+                through_normalised_relu<T, L>(
+                    nodes_, image + (first + c) * size_, T(1), statistics[(first + c) * 2], T(0), in_gradient + c * nodes_.step,
+                    first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
+                    first_sums.data() + (((n * kEdges + e) * 2 + which) * c_ + c) * 2);
               }
             }
           }
@@ -348,7 +339,7 @@ class MixedCell {
         const auto first_gradient_of = [&](int64_t n, const Edge& edge, int which, T* to) {
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t from = row(edge, which ? kSep5First : kSep3First) + c, k = (edge.position * 2 + which) * c_ + c;
-            differentiate(first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
+            differentiate(nodes_, first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
                           saved + (n * rows + from) * size_, statistics[from * 2 + 1], first_mean[k], statistics[from * 2],
                           first_slope[k], to + c * nodes_.step);
           }
@@ -428,15 +419,15 @@ class MixedCell {
                   const T* rectified = in_gradient + c * in_step + i * geometry.out_row;
                   if (s < 2) {
 #pragma omp simd
-                    for (int64_t j = 0; j < geometry.w; ++j) to[j] = direct[j] + (value[j] > 0 ? rectified[j] : T(0));
+                    for (int64_t j = 0; j < geometry.w; ++j) to[j] = direct[j] + passed(value[j], rectified[j]);
                   } else {
 #pragma omp simd
-                    for (int64_t j = 0; j < geometry.w; ++j) to[j] += direct[j] + (value[j] > 0 ? rectified[j] : T(0));
+                    for (int64_t j = 0; j < geometry.w; ++j) to[j] += direct[j] + passed(value[j], rectified[j]);
                   }
                 } else {
                   const T* rectified = in_gradient + c * in_step + (i + geometry.padding) * geometry.row;
                   for (int64_t j = 0; j < geometry.w; ++j)
-                    to[j] = direct[j] + (value[j] > 0 ? rectified[geometry.at(0, j + geometry.padding)] : T(0));
+                    to[j] = direct[j] + passed(value[j], rectified[geometry.at(0, j + geometry.padding)]);
                 }
               }
             }
@@ -508,59 +499,23 @@ class MixedCell {
       std::memcpy(to + i * nodes_.w, from + i * nodes_.out_row, nodes_.columns() * sizeof(T));
   }
 
-  // Mean and sum of squared deviations of C planes of one image.
-  void take_moments(const T* image, double* moments, int64_t first) const {
-    for (int64_t k = first; k < first + c_; ++k) {
-      const T* plane = image + k * size_;
-      T total = 0, squares = 0;
-      for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < nodes_.columns(); ++j) total += plane[i * nodes_.out_row + j];
-      const T mean = total / (nodes_.h * nodes_.w);
-      for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd reduction(+ : squares)
-        for (int64_t j = 0; j < nodes_.columns(); ++j) {
-          const T deviation = plane[i * nodes_.out_row + j] - mean;
-          squares += deviation * deviation;
-        }
-      moments[2 * k] = mean, moments[2 * k + 1] = squares;
-    }
+  // The moments of C planes of one image.
+  void take_all_moments(const T* image, double* moments, int64_t first) const {
+    for (int64_t k = first; k < first + c_; ++k) take_moments(nodes_, image + k * size_, moments + 2 * k);
   }
   // Those of C planes over all images -> mean and 1 / sqrt(variance + epsilon); shared out among the threads.
   void combine(const std::vector<double>& moments, int64_t rows, int64_t first, T* statistics) const {
-    const double plane = nodes_.h * nodes_.w;
 #pragma omp for schedule(static) nowait
     for (int64_t k = first; k < first + c_; ++k) {
-      double mean = 0, squares = 0;
-      for (int64_t n = 0; n < n_; ++n) mean += moments[(n * rows + k) * 2] / n_;
-      for (int64_t n = 0; n < n_; ++n) {
-        const double deviation = moments[(n * rows + k) * 2] - mean;
-        squares += moments[(n * rows + k) * 2 + 1] + plane * deviation * deviation;
-      }
-      statistics[2 * k] = mean, statistics[2 * k + 1] = 1 / std::sqrt(squares / count_ + epsilon_);
+      double mean, variance;
+      combine_moments(moments.data() + 2 * k, n_, 2 * rows, nodes_.h * nodes_.w, &mean, &variance);
+      statistics[2 * k] = mean, statistics[2 * k + 1] = 1 / std::sqrt(variance + epsilon_);
     }
   }
-  // relu of the normalised C planes, padded.
-  void normalise(const T* image, const T* statistics, int64_t first, T* padded) const {
-    for (int64_t c = 0; c < c_; ++c) {
-      const T mean = statistics[(first + c) * 2], rstd = statistics[(first + c) * 2 + 1];
-      for (int64_t i = 0; i < second_.h; ++i) {
-        const T* from = image + (first + c) * size_ + i * nodes_.out_row;
-        fill_row(second_, padded + c * second_.plane, i, [=](int64_t j) {
-          const T value = (from[j] - mean) * rstd;
-          return value < 0 ? T(0) : value;
-        });
-      }
-    }
-  }
-  // to = factor (d - mean of d - (y - mean) slope): back through a normalisation.
-  void differentiate(const T* d, const T* y, T factor, T d_mean, T mean, T slope, T* to) const {
-    for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-      for (int64_t j = 0; j < nodes_.columns(); ++j) {
-        const int64_t p = i * nodes_.out_row + j;
-        to[p] = factor * (d[p] - d_mean - (y[p] - mean) * slope);
-      }
+  void normalise_all(const T* image, const T* statistics, int64_t first, T* padded) const {
+    for (int64_t k = first; k < first + c_; ++k)
+      normalise(second_, image + k * size_, nodes_.out_row, statistics[2 * k + 1], statistics[2 * k], T(0),
+                padded + (k - first) * second_.plane);
   }
 
   // FactorizedReduce: every second place of C rectified planes, half 1 one pixel further, and back.
@@ -643,7 +598,7 @@ class MixedCell {
 #pragma omp simd
       for (int64_t p = 0; p < size_; ++p) to[p] += weight * d[p];
     }
-    differentiate(to, y, rstd, d_mean, mean, static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
+    differentiate(nodes_, to, y, rstd, static_cast<T>(d_mean), mean, static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
   }
   void pool_back(const Geometry& g, const T* x, const T* max, const T* max_gradient, T* mean_gradient, T* bordered,
                  T* bordered_gradient, T* open, T* to) const {
