@@ -289,6 +289,9 @@ class _Stop:
 
     def exit(self, where):
         """Ends the process as the signal asked for; a checkpoint has been saved."""
+        if distributed.launched:
+            for each in self._before:                            # or its next SIGTERM would interrupt the wait
+                signal.signal(each, signal.SIG_IGN)
         distributed.wait()       # for the main one, which saves: launch ends all when one has ended
         log.info(f"stopped {where}; --resume continues from here")
         sys.exit(128 + (self.signal or signal.SIGTERM))          # another process may have got the signal
