@@ -9,11 +9,13 @@ One step of the weights stands for w*: w' = w - xi (mu v + grad_w L_train(w, alp
 
 with u = grad_w' L_val(w', alpha) and eps = 0.01 / ||u||: h is u times the mixed second derivative
 of L_train, by central differences. All of it is runs of the one supernet program with
-vector arithmetic on the device in between; no second network is built.
+vector arithmetic on the device in between; no second network is built. With several processes each gradient is
+that of its part of the batch, and what is made of it their average.
 """
 import numpy as np
 import paddle
 
+from distributed import average
 from model_search import by_cell_kind
 from parameters import Function, MomentumSGD, norm
 
@@ -64,15 +66,19 @@ class Architect:
         xi = np.array([lr], self.store.dtype)
         if self.unrolled:
             run(train)                   # 1  g = grad_w L_train(w, alpha)
+            average(self.store, 'gradient')
             self._virtual_step(xi=xi)    # 2  w' = w - xi (mu v + g + lambda w)
             run(valid)                   # 3  grad_alpha L_val(w', alpha),  u = grad_w' L_val(w', alpha)
+            average(self.store, 'gradient')
             self._plus()                 # 4  eps = r / ||u||,  w + eps u
             run_alphas(train)            #    grad_alpha L_train(w + eps u, alpha)
             self._minus()                #    w - eps u
             run_alphas(train)            #    grad_alpha L_train(w - eps u, alpha)
             self._second_order(xi=xi)    # 5, 6  d_alpha, and w as it was
+            average(self.store, 'd_alpha')          # once for all three gradients of alpha: it is linear in them
         else:
             run_alphas(valid)            # d_alpha = grad_alpha L_val(w, alpha)
+            average(self.store, 'alpha_gradient')
         self.steps += 1
         bias = [1 - BETA1 ** self.steps, 1 - BETA2 ** self.steps]
         self._adam(bias=np.array(bias, self.store.dtype))

@@ -228,14 +228,14 @@ def validation_picture(path, size=SIZE, short_side=SHORT_SIDE):
     return np.asarray(crop_and_resize(image, central_box(*image.size, size / short_side), size))
 
 
-def make_batch(paths, key, augment):
+def make_batch(paths, key, augment, mine=slice(None)):
     """What a worker does for a batch: -> (uint8 [B, 3, 224, 224], sources [B], {path: why it cannot be read}).
 
-    sources: the number among `paths` that each image is from. An unreadable picture is replaced by
-    the next readable one in the training, and left out in the validation.
+    mine: the part of the batch that is made. sources: the number among `paths` that each image is from. An
+    unreadable picture is replaced by the next readable one in the training, and left out in the validation.
     """
     images, sources, bad = [], [], {}
-    for number in range(len(paths)):
+    for number in range(len(paths))[mine]:
         for source in [*range(number, len(paths)), *range(number)] if augment else [number]:
             path = paths[source]
             if path in bad:
@@ -249,10 +249,11 @@ def make_batch(paths, key, augment):
             images.append(picture)
             sources.append(source)
             break
-    if not images:
+    if augment and bad and not images:
         path, reason = next(iter(bad.items()))
         raise UserError(f"none of the {len(paths)} pictures of a batch can be read; {path}: {reason}")
-    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)), np.array(sources), bad
+    images = np.array(images, 'uint8').reshape(-1, SIZE, SIZE, 3)                # perhaps of no picture
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.array(sources, int), bad
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -267,16 +268,21 @@ class ImageBatches(Batches):
     def __init__(self, samples, batch_size, workers, **settings):
         super().__init__(samples.paths, samples.labels, batch_size, MEAN, STD, **settings)
         self.workers, self.bad = workers, {}
+        self.seen = np.zeros(len(samples.paths), bool)
 
     def _make(self, chosen, key):
-        images, sources, bad = self.workers.call(make_batch, [self.images[i] for i in chosen], key, self.augment)
+        mine = self._mine(len(chosen))
+        images, sources, bad = self.workers.call(make_batch, [self.images[i] for i in chosen], key, self.augment, mine)
+        self.seen[chosen[mine]] = True
         for path, reason in bad.items():
             if path not in self.bad:
                 self.bad[path] = reason
                 log.warning(f"{path} cannot be read ({reason}): "
                             f"{'another one takes its place' if self.augment else 'left out'}")
-        if len(self.bad) > MOST_BAD * len(self.images):
-            raise UserError(f"{len(self.bad)} of {len(self.images)} pictures cannot be read, the last of them "
+        # A process that makes a part of each batch sees a part of the pictures in an epoch.
+        looked_at = max(int(self.seen.sum()), len(self.images) // self.part[1])
+        if len(self.bad) > MOST_BAD * looked_at:
+            raise UserError(f"{len(self.bad)} of {looked_at} pictures cannot be read, the last of them "
                             f"{list(self.bad)[-1]}: the data set is damaged, copy it anew")
         return self._normalise(images), self.labels[chosen[sources]]
 

@@ -546,11 +546,13 @@ class Batches:
     images: uint8 [N, 3, H, W]; labels [N]; mean, std: [3], of pixels in 0..1; shuffle: a new order each
     epoch; augment: crop after padding by 4, flip, and cut out a square with sides of cutout_length
     (0: none); drop_last: leave out the images behind the last full batch. len() is the steps an epoch.
+    part (i, n): make of each batch only the i-th of n parts; side by side they are the batch of one process, to
+    the bit. The parts of the last batch may differ in size, and be empty.
     Raises UserError when batch_size is not in 1..N and when cutout_length is negative.
     """
 
     def __init__(self, images, labels, batch_size, mean, std, *, seed, shuffle, augment=False,
-                 cutout_length=0, drop_last=False):
+                 cutout_length=0, drop_last=False, part=(0, 1)):
         if not 1 <= batch_size <= len(images):
             raise UserError(f"a batch of {batch_size} images cannot be drawn from {len(images)}: "
                             f"choose a --batch_size from 1 to {len(images)}")
@@ -560,6 +562,7 @@ class Batches:
         self.images, self.labels = images, np.asarray(labels, 'int64').reshape(-1, 1)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.augment, self.cutout_length, self.drop_last = augment, cutout_length, drop_last
+        self.part = part
         mean, std = (np.asarray(each, 'float32').reshape(3, 1, 1) for each in (mean, std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self._order, self._lock = (None, None), threading.Lock()
@@ -590,15 +593,22 @@ class Batches:
                 self._order = epoch, order
             return self._order[1]
 
+    def _mine(self, count):
+        """The slice of a batch of `count` images that `part` means."""
+        number, parts = self.part
+        return slice(count * number // parts, count * (number + 1) // parts)
+
     def _make(self, chosen, key):
-        images = self.images[chosen]
+        mine = self._mine(len(chosen))
+        images, labels = self.images[chosen[mine]], self.labels[chosen[mine]]
         if not self.augment:
-            return self._normalise(images), self.labels[chosen]
-        draws = Augmentation.draw(np.random.default_rng(key), len(images), images.shape[2])
+            return self._normalise(images), labels
+        draws = Augmentation.draw(np.random.default_rng(key), len(chosen), images.shape[2])
+        draws = Augmentation(*(each[mine] for each in draws))
         images = self._normalise(crop_and_flip(images, draws))
         if self.cutout_length:
             cutout(images, draws, self.cutout_length)
-        return images, self.labels[chosen]
+        return images, labels
 
     def _normalise(self, images):
         images = images.astype('float32')

@@ -5,11 +5,13 @@
     python train.py --dataset fashion_mnist_sample --init_channels 8 --layers 5 --epochs 30
     python train.py --resume                                       # go on after a stop or a crash
     python train.py --eval_only --pretrained eval_cifar10/best.npz
+    python -m paddle.distributed.launch --gpus 0,1,2,3 train.py    # four GPUs
 """
 import functools
 
 import utils                       # first: it quiets what paddle says while it is imported
 
+import distributed
 import genotypes
 import reader
 import trainer
@@ -27,13 +29,13 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    trainer.start_log()
+    place = trainer.start(args)
     genotype = genotypes.load(args.arch)
-    data = reader.load(args.dataset, args.data)
+    data = distributed.one_then_all(lambda: reader.load(args.dataset, args.data))
     args.class_num = utils.check_class_num(args.class_num, data)
-    common = dict(mean=data.mean, std=data.std, seed=args.seed)
+    common = dict(mean=data.mean, std=data.std, seed=args.seed, part=(distributed.rank, distributed.processes))
     trainer.train_or_evaluate(
-        args, genotype, data,
+        args, place, genotype, data,
         functools.partial(NetworkCIFAR, genotype, args.init_channels, args.class_num, args.layers),
         train=lambda: reader.Batches(
             data.train_images, data.train_labels, args.batch_size, shuffle=True, augment=True,

@@ -4,11 +4,13 @@
     python train_imagenet.py --data_dir FOLDER --class_num 10      # other pictures, in one of ImageNet's layouts
     python train_imagenet.py --resume                              # go on after a stop or a crash
     python train_imagenet.py --eval_only --pretrained eval_imagenet/best.npz
+    python -m paddle.distributed.launch --gpus 0,1,2,3 train_imagenet.py           # four GPUs
 """
 import functools
 
 import utils                       # first: it quiets what paddle says while it is imported
 
+import distributed
 import genotypes
 import imagenet_reader
 import trainer
@@ -33,13 +35,14 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    trainer.start_log()
-    genotype = genotypes.load(args.arch)
-    data = imagenet_reader.load(args.data_dir, args.class_num)
     with imagenet_reader.Workers(args.num_workers) as workers:
-        make_batches = functools.partial(imagenet_reader.ImageBatches, workers=workers, seed=args.seed)
+        place = trainer.start(args)
+        genotype = genotypes.load(args.arch)
+        data = imagenet_reader.load(args.data_dir, args.class_num)
+        make_batches = functools.partial(imagenet_reader.ImageBatches, workers=workers, seed=args.seed,
+                                         part=(distributed.rank, distributed.processes))
         trainer.train_or_evaluate(
-            args, genotype, data,
+            args, place, genotype, data,
             functools.partial(NetworkImageNet, genotype, args.init_channels, args.class_num, args.layers,
                               label_smooth=args.label_smooth),
             train=lambda: make_batches(data.train, args.batch_size, shuffle=True, augment=True, drop_last=True),

@@ -4,11 +4,13 @@
     python train_search.py --unrolled False                        # first order
     python train_search.py --dataset fashion_mnist_sample --init_channels 4 --epochs 2    # small, no download
     python train_search.py --resume                                # go on after a stop or a crash
+    python -m paddle.distributed.launch --gpus 0,1,2,3 train_search.py                    # four GPUs
 """
 import numpy as np
 
 import utils                       # first: it quiets what paddle says while it is imported
 
+import distributed
 import genotypes
 import reader
 import trainer
@@ -50,7 +52,8 @@ class Search:
         self.architect = Architect(self.supernet, self.optimizer, args.arch_learning_rate,
                                    args.arch_weight_decay, args.unrolled)
         train, valid = reader.split(len(data.train_images), args.train_portion, args.seed)
-        common = dict(batch_size=args.batch_size, mean=data.mean, std=data.std, seed=args.seed)
+        common = dict(batch_size=args.batch_size, mean=data.mean, std=data.std, seed=args.seed,
+                      part=(distributed.rank, distributed.processes))
         self.train = reader.Batches(
             data.train_images[train], data.train_labels[train], shuffle=True, augment=True,
             cutout_length=args.cutout_length if args.cutout else 0, drop_last=True, **common)
@@ -69,6 +72,7 @@ class Search:
         lr = self.learning_rate(epoch)
         self.architect.update(train, valid, lr)          # steps 1 to 6: alpha
         result = self.supernet.run(train)                # 7: the weights, with the new alpha
+        distributed.average(self.supernet.store, 'gradient')
         self.optimizer.step(lr)
         return (*result, len(batch[0][1]))
 
@@ -104,9 +108,8 @@ def format_mixing_weights(name, table):
 
 def main():
     args = parse_args()
-    place = utils.find_place(args.use_gpu)
-    trainer.start_log()
-    data = reader.load(args.dataset, args.data)
+    place = trainer.start(args)
+    data = distributed.one_then_all(lambda: reader.load(args.dataset, args.data))
     args.class_num = utils.check_class_num(args.class_num, data)
     run = trainer.Run(args)
     trainer.set_up(args, place)

@@ -14,7 +14,11 @@ A script describes what it trains as a task, an object with
 
 and calls `run_epochs`. Batches are a function of (seed, epoch, step), so that a checkpoint needs no state of
 a random generator to continue to the bit.
+
+With several processes (distributed.py) `batch` is the process's part of the batch, `train_step` leaves the same state
+in all of them, and the main one writes.
 """
+import fcntl
 import json
 import logging
 import math
@@ -28,6 +32,7 @@ import paddle
 from tqdm import tqdm
 
 import custom_ops
+import distributed
 import genotypes
 import utils
 from parameters import MomentumSGD
@@ -62,15 +67,19 @@ class Meter:
 class Run:
     """The folder of a run: args.json, log.txt, history.jsonl and the checkpoints.
 
-    args: the parsed flags of the script. Raises UserError when the folder cannot be written, when it
-    holds a run already and args.resume is not set, and when there is nothing to resume.
+    args: the parsed flags of the script. Raises UserError when the folder cannot be written, when another
+    run is in it, when it holds a run already and args.resume is not set, and when there is nothing to
+    resume. Processes other than the main one write nothing.
     """
 
     def __init__(self, args):
         self.folder = args.model_save_dir
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+        if not distributed.main:
+            return
         try:
             os.makedirs(self.folder, exist_ok=True)
+            self._lock()
             found = self.checkpoints()
             if found and not args.resume:
                 raise UserError(f"{self.folder} holds a run already: continue it with --resume, "
@@ -84,11 +93,24 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
 
+    def _lock(self):
+        """Keeps other runs out of the folder for as long as this process lives, however it ends."""
+        file = os.open(self.path('lock'), os.O_RDWR | os.O_CREAT, 0o666)           # and never closed
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is at work in {self.folder}: wait until it has ended, "
+                            "or choose another folder with --model_save_dir") from None
+        except OSError:
+            pass                 # a file system without locks
+
     def path(self, name):
         return os.path.join(self.folder, name)
 
     def write(self, name, content):
         """`utils.write_file` of a file in the folder; UserError when it cannot be written."""
+        if not distributed.main:
+            return
         try:
             utils.write_file(self.path(name), content)
         except OSError as error:
@@ -102,6 +124,8 @@ class Run:
 
     def save(self, state, epoch, step, meter):
         """Writes the checkpoint of the moment before (epoch, step) and drops all but the last two."""
+        if not distributed.main:
+            return
         about = {'settings': self.settings, 'epoch': epoch, 'step': step, 'meter': vars(meter)}
         try:
             utils.write_file(self.path(f'checkpoint-{epoch:04d}-{step:06d}.npz'),
@@ -136,6 +160,8 @@ class Run:
         raise UserError(f"none of the checkpoints in {self.folder} can be read")
 
     def add_history(self, record):
+        if not distributed.main:
+            return
         with open(self.path('history.jsonl'), 'a', encoding='utf-8') as file:
             file.write(json.dumps(record) + '\n')
 
@@ -208,8 +234,8 @@ def genotype_of(path, about, arch=None):
 
 
 def start_log(path=None):
-    """Sends log lines to the console, past the progress bar, and to the file `path`."""
-    log.setLevel(logging.INFO)
+    """Sends log lines to the console, past the progress bar, and to the file `path`; only the main process talks."""
+    log.setLevel(logging.INFO if distributed.main else logging.WARNING)
     log.propagate = False            # Paddle gives the root logger a handler of its own
     log.handlers = [_Console()]
     if path:
@@ -232,7 +258,7 @@ class Progress(tqdm):
         patient = 0.3 if sys.stderr.isatty() else 30.0          # seconds between lines in a log
         super().__init__(mininterval=patient, dynamic_ncols=True, leave=False, bar_format=(
             '{desc} {bar} step {n_fmt}/{total_fmt}, {images_per_second} images/s, {remaining} left{postfix}'),
-            **kwargs)
+            disable=not distributed.main, **kwargs)
 
     @property
     def format_dict(self):
@@ -242,7 +268,10 @@ class Progress(tqdm):
 
 
 class _Stop:
-    """Remembers the first SIGINT or SIGTERM; the second one ends the process at once."""
+    """Remembers the first SIGINT or SIGTERM; the second one ends the process at once.
+
+    Not under launch: it sends its SIGTERM several times in a row, and kills what does not end.
+    """
 
     def __enter__(self):
         self.signal = None
@@ -250,14 +279,22 @@ class _Stop:
         return self
 
     def _remember(self, number, frame):
-        self.signal = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        self.signal = self.signal or number
+        if not distributed.launched:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)
+
+    def wanted(self):
+        return self.signal is not None or distributed.orphaned()
 
     def exit(self, where):
         """Ends the process as the signal asked for; a checkpoint has been saved."""
+        if distributed.launched:
+            for each in self._before:                            # or its next SIGTERM would interrupt the wait
+                signal.signal(each, signal.SIG_IGN)
+        distributed.wait()       # for the main one, which saves: launch ends all when one has ended
         log.info(f"stopped {where}; --resume continues from here")
-        sys.exit(128 + self.signal)
+        sys.exit(128 + (self.signal or signal.SIGTERM))          # another process may have got the signal
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
@@ -266,14 +303,10 @@ class _Stop:
 
 def run_epochs(task, run, args):
     """Trains `task` for args.epochs epochs, from where the last checkpoint of `run` stands if args.resume."""
-    if args.resume:
-        epoch, step, meter = run.restore(task)
-    else:
-        epoch, step, meter = 0, 0, Meter()
-        run.save(task.state(), epoch, step, meter)
+    epoch, step, meter = _begin(task, run, args)
     with _Stop() as stop:
         while epoch < args.epochs:
-            began, waited = time.time(), 0.0
+            began, waited, talked = time.time(), 0.0, distributed.seconds
             started = began - meter.seconds              # of the epoch, before a resume too
             batches = prefetch(lambda s: task.batch(epoch, s), range(step, task.steps), args.num_workers)
             with Progress(args.batch_size, total=task.steps, initial=step,
@@ -283,33 +316,54 @@ def run_epochs(task, run, args):
                     batch = next(batches)
                     waited += time.time() - asked
                     loss, top1, top5, images = task.train_step(batch, epoch, step)
+                    # All processes see the same numbers, and so all stop after the same step.
+                    loss, top1, top5, stopping = distributed.mean([loss, top1, top5, stop.wanted()])
                     if not math.isfinite(loss):
+                        last = run.path(run.checkpoints()[-1]) if distributed.main else f"in {run.folder}"
                         raise UserError(
                             f"the loss is {loss} at step {step + 1} of epoch {epoch + 1}, learning rate "
-                            f"{task.learning_rate(epoch):.6g}; the last good checkpoint is "
-                            f"{run.path(run.checkpoints()[-1])}")
-                    meter.add(loss, top1, top5, images)
+                            f"{task.learning_rate(epoch):.6g}; the last good checkpoint is {last}")
+                    meter.add(loss, top1, top5, images * distributed.processes)
                     step += 1
                     bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
                     bar.update()
                     meter.seconds = time.time() - started
                     if step % args.report_freq == 0 or step == task.steps:
                         report(epoch, step, task, meter)
-                    if stop.signal or (step % args.save_freq == 0 and step < task.steps):
+                    if stopping or (step % args.save_freq == 0 and step < task.steps):
                         run.save(task.state(), epoch, step, meter)
-                    if stop.signal:
+                    if stopping:
                         bar.close()
                         stop.exit(f"after step {step} of epoch {epoch + 1}")
-            waiting = 100 * waited / (time.time() - began)
+            part = 100 / (time.time() - began)
+            talking = (f", {part * (distributed.seconds - talked):.1f} % for what the processes exchange"
+                       if distributed.processes > 1 else '')
             validation = task.finish_epoch(epoch)
-            log.info(f"epoch {epoch + 1}: {waiting:.1f} % of the training time was spent waiting for input, "
-                     f"peak memory {peak_memory():.2f} GB")
+            log.info(f"epoch {epoch + 1}: {part * waited:.1f} % of the training time was spent waiting for input"
+                     f"{talking}, peak memory {peak_memory():.2f} GB")
             run.add_history(dict(epoch=epoch + 1, lr=task.learning_rate(epoch), **meter.means('train'), **validation,
                                  seconds=round(time.time() - started, 3)))
             epoch, step, meter = epoch + 1, 0, Meter()
             run.save(task.state(), epoch, step, meter)
-            if stop.signal and epoch < args.epochs:
+            stopping, = distributed.mean([stop.wanted()])
+            if stopping and epoch < args.epochs:
                 stop.exit(f"after epoch {epoch}")
+
+
+def _begin(task, run, args):
+    """-> (epoch, step, meter) to go on from; all processes have the state of the main one then."""
+    distributed.wait()           # who has its graph ready first
+    epoch, step, meter = 0, 0, Meter()
+    if args.resume and distributed.main:
+        epoch, step, meter = run.restore(task)
+    elif not args.resume:
+        run.save(task.state(), epoch, step, meter)
+    if distributed.processes > 1:
+        state = distributed.of_main(dict(task.state(), begin=np.array([epoch, step, *vars(meter).values()], 'float64')))
+        epoch, step, *sums = state.pop('begin').tolist()
+        task.load_state(state)
+        epoch, step, meter = int(epoch), int(step), Meter(*sums)
+    return epoch, step, meter
 
 
 def report(epoch, step, task, meter):
@@ -323,9 +377,10 @@ def evaluate(network, batches, args):
     ahead = prefetch(lambda step: batches.batch(0, step), range(len(batches)), args.num_workers)
     with Progress(args.batch_size, total=len(batches), desc='validation') as bar:
         for images, labels in ahead:
-            meter.add(*network.evaluate(images, labels), len(labels))
+            if len(labels):                    # of a small last batch there is not always a part for every process
+                meter.add(*network.evaluate(images, labels), len(labels))
             bar.update()
-    return meter
+    return Meter(*distributed.total([meter.loss, meter.top1, meter.top5, meter.images]))
 
 
 def as_text(means, prefix):
@@ -353,8 +408,10 @@ class Training:
         return self.args.drop_path_prob * epoch / self.args.epochs
 
     def train_step(self, batch, epoch, step):
-        key = np.random.SeedSequence([self.args.seed, DROP_PATH, epoch, step])
-        result = self.network.run(self.network.feed(*batch), self.drop_path_prob(epoch), int(key.generate_state(1)[0]))
+        key = [self.args.seed, DROP_PATH, epoch, step] + [distributed.rank] * (not distributed.main)
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        result = self.network.run(self.network.feed(*batch), self.drop_path_prob(epoch), seed)
+        distributed.average(self.network.store, 'gradient', 'statistics')
         self.optimizer.step(self.learning_rate(epoch))
         return (*result, len(batch[0]))
 
@@ -380,13 +437,12 @@ class Training:
             self.network.store.set(name, array)
 
 
-def train_or_evaluate(args, genotype, data, make_network, train, test, learning_rate):
+def train_or_evaluate(args, place, genotype, data, make_network, train, test, learning_rate):
     """What train.py and train_imagenet.py do: --eval_only or a training.
 
-    data: has name, class_names, mean and std; make_network(**settings): a model.Network; train(), test():
-    the batches of both sets; learning_rate(epoch).
+    place: from `start`; data: has name, class_names, mean and std; make_network(**settings): a
+    model.Network; train(), test(): the batches of both sets; learning_rate(epoch).
     """
-    place = utils.find_place(args.use_gpu)
     pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
     test = test()
     if args.eval_only:
@@ -394,7 +450,7 @@ def train_or_evaluate(args, genotype, data, make_network, train, test, learning_
         network = make_network(trained=False, place=place)
         network.load_weights(pretrained)
         meter = evaluate(network, test, args)
-        log.info(f"{as_text(meter.means('test'), 'test')} ({meter.images} images)")
+        log.info(f"{as_text(meter.means('test'), 'test')} ({meter.images:.0f} images)")
         return
     # A genotype.json may change before the run is resumed.
     args.genotype = json.loads(genotypes.dumps(genotype))
@@ -413,10 +469,21 @@ def train_or_evaluate(args, genotype, data, make_network, train, test, learning_
     run_epochs(training, run, args)
 
 
+def start(args):
+    """Begins a script: finds the other processes and the log, -> the place to compute on."""
+    if args.batch_size % distributed.processes:
+        raise UserError(f"--batch_size {args.batch_size} is the batch of all {distributed.processes} processes "
+                        f"together: it has to be a multiple of {distributed.processes}")
+    place = utils.find_place(args.use_gpu)
+    distributed.connect(place)
+    start_log()
+    return place
+
+
 def set_up(args, place):
     """Says on what the run computes, and chooses the operators for it."""
-    utils.announce(log, place)
-    custom_ops.enable(args.custom_ops and isinstance(place, paddle.CPUPlace))
+    utils.announce(log, place, distributed.processes)
+    distributed.one_then_all(lambda: custom_ops.enable(args.custom_ops and isinstance(place, paddle.CPUPlace)))
 
 
 def announce_graph(store):

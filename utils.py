@@ -168,6 +168,8 @@ def write_file(path, content):
 def find_place(use_gpu):
     """The place to compute on: use_gpu True, False or None for whatever the installed Paddle can use.
 
+    Of several GPUs it is the one that paddle.distributed.launch gives to this process, otherwise the first.
+
     Raises UserError when a GPU is asked for and Paddle finds none.
     """
     import paddle
@@ -177,7 +179,9 @@ def find_place(use_gpu):
                   "this is a build of Paddle for the CPU: install paddlepaddle-gpu")
         raise UserError(f"--use_gpu True: Paddle {paddle.__version__} finds no GPU ({reason}); "
                         "without the flag the CPU computes")
-    return paddle.CUDAPlace(0) if gpus and use_gpu is not False else paddle.CPUPlace()
+    if gpus and use_gpu is not False:
+        return paddle.CUDAPlace(int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0]))
+    return paddle.CPUPlace()
 
 
 def cores():
@@ -190,14 +194,14 @@ def threads():
     return int(_omp_num_threads) if _omp_num_threads.isdigit() and int(_omp_num_threads) else cores()
 
 
-def announce(log, place):
-    """Logs the device and the version of Paddle."""
+def announce(log, place, processes=1):
+    """Logs the device, the version of Paddle and the number of processes if there are several."""
     import paddle
     if isinstance(place, paddle.CUDAPlace):
         device = f"GPU {place.get_device_id()} ({paddle.device.cuda.get_device_name(place.get_device_id())})"
     else:
         device = f"CPU ({cores()} cores)"
-    log.info(f"device: {device}, Paddle {paddle.__version__}")
+    log.info(f"device: {device}, Paddle {paddle.__version__}" + (f", {processes} processes" if processes > 1 else ''))
 
 
 # ---------------------------------------------------------------------------------------------------

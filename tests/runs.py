@@ -2,8 +2,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import trainer
 
@@ -24,6 +26,45 @@ def run_well(script, *flags):
     done = run(script, *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def start_two(script, *flags):
+    """Starts a script in two processes that find each other as launch would let them, -> [Popen] by rank."""
+    sockets = [socket.socket() for _ in range(2)]
+    for each in sockets:
+        each.bind(('127.0.0.1', 0))
+    ends = ['{}:{}'.format(*each.getsockname()) for each in sockets]
+    for each in sockets:
+        each.close()
+    environments = [dict(os.environ, PADDLE_TRAINERS_NUM='2', PADDLE_TRAINER_ID=str(rank),
+                         PADDLE_RANK_IN_NODE=str(rank), PADDLE_CURRENT_ENDPOINT=ends[rank],
+                         PADDLE_TRAINER_ENDPOINTS=','.join(ends), PADDLE_DISTRI_BACKEND='gloo', OMP_NUM_THREADS='1') for rank in range(2)]
+    return [subprocess.Popen(command(script, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=environment) for environment in environments]
+
+
+def run_two(script, *flags):
+    """`run` with two processes, -> [CompletedProcess] by rank."""
+    started = start_two(script, *flags)
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(lambda process: process.communicate(timeout=300), started))
+    return [subprocess.CompletedProcess(process.args, process.returncode, *output)
+            for process, output in zip(started, outputs)]
+
+
+def run_two_well(script, *flags):
+    """Runs a script that has to succeed in two processes, -> what the main one printed; the other has to be silent."""
+    main, other = run_two(script, *flags)
+    assert main.returncode == other.returncode == 0, main.stderr + other.stderr
+    assert not other.stdout and not other.stderr, other.stdout + other.stderr
+    return main.stdout
+
+
+def launch(logs, script, *flags):
+    """Starts a script with two processes as its user does, -> Popen; stdout has launch's words and the main one's."""
+    return subprocess.Popen(
+        [sys.executable, '-m', 'paddle.distributed.launch', '--nproc_per_node', '2', '--log_dir', str(logs),
+         *command(script, *flags)[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def stop_at(text, script, *flags):
