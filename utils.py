@@ -190,8 +190,11 @@ def cores():
 
 
 def threads():
-    """How many threads an operator of custom_ops uses: OMP_NUM_THREADS, or as many as there are cores."""
-    return int(_omp_num_threads) if _omp_num_threads.isdigit() and int(_omp_num_threads) else cores()
+    """How many threads an operator of custom_ops uses: OMP_NUM_THREADS, or the cores, shared out among the processes
+    that paddle.distributed.launch started on this machine."""
+    if _omp_num_threads.isdigit() and int(_omp_num_threads):
+        return int(_omp_num_threads)
+    return max(1, cores() // int(os.environ.get('PADDLE_LOCAL_SIZE', 1)))
 
 
 def announce(log, place, processes=1):
