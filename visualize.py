@@ -232,7 +232,8 @@ def draw_genotype(genotype, title, note=''):
 # The course of a search
 
 Epoch = collections.namedtuple('Epoch', 'number top1 genotype weights')
-Epoch.__doc__ = """A line of history.jsonl. top1: of the validation, a fraction; weights: {kind: softmax of alpha [14, 8]}."""
+Epoch.__doc__ = """A line of history.jsonl. top1: of the validation, a fraction; weights: {kind: softmax of alpha,
+[14, 8]}."""
 
 
 def read_history(path):
@@ -325,7 +326,7 @@ def draw_alphas(epochs, title):
     columns = genotypes.NODES
     cell = AXIS + (columns - 1) * PANEL_X + PANEL_WIDTH
     drawing = Drawing(2 * cell + MARGIN + 10, 62 + (1 + columns) * PANEL_Y + 18)
-    drawing.text('title', MARGIN, 18, f'softmax of \u03b1, {html.escape(title)}', size=16, width=drawing.width - 2 * MARGIN)
+    drawing.text('title', MARGIN, 18, f'softmax of \u03b1, {title}', size=16, width=drawing.width - 2 * MARGIN)
     low, high, digits = scale_of(epochs)
     for number, kind in enumerate(KINDS):
         left = AXIS + number * (cell + 10)
@@ -344,10 +345,9 @@ def draw_alphas(epochs, title):
                         drawing.text(f'{kind}_{state}_{value}', place[0] - 4, y, f'{value:.{digits}f}', 'right', size=9,
                                      colour=GREY, width=AXIS - 6)
             x, y = left + node * PANEL_X, 78 + (1 + node) * PANEL_Y + PANEL_HEIGHT + 9
-            ends = [(epochs[0].number, 'left', x), (epochs[-1].number, 'right', x + PANEL_WIDTH)]
-            for epoch, align, at in ends[:len(epochs)]:
-                drawing.text(f'{kind}_{node}_{align}', at, y, f'epoch {epoch}' if align == 'left' else str(epoch), align,
-                             size=9, colour=GREY, width=PANEL_WIDTH / 2)
+            ends = [(f'epoch {epochs[0].number}', 'left', x), (epochs[-1].number, 'right', x + PANEL_WIDTH)]
+            for text, align, at in ends[:len(epochs)]:
+                drawing.text(f'{kind}_{node}_{align}', at, y, text, align, size=9, colour=GREY, width=PANEL_WIDTH / 2)
 
     # The corners below the diagonals are free.
     y = 78 + 3 * PANEL_Y - 4
@@ -421,8 +421,8 @@ def parse_args(argv=None):
         help=f"a name ({', '.join(sorted(genotypes.GENOTYPES))}), a genotype.json, the history.jsonl of a search, "
              "or the folder of a search for both")
     add('--format', choices=FORMATS, help='of the pictures; the animation is a GIF (pdf)')
-    add('--out', metavar='PATH', help="folder for the pictures (the target's, for a name the present one); for a single "
-        "genotype also a file, whose ending is the format")
+    add('--out', metavar='PATH', help="folder for the pictures (the target's, for a name the present one); for a "
+        "single genotype also a file, whose ending is the format")
     return parser.parse_args(argv)
 
 
