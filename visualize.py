@@ -288,31 +288,24 @@ def animate(epochs):
 
 def with_one_palette(frames):
     """RGB images -> images with the same 256 colours, so that the file holds them once and nothing flickers."""
+    pixels = [np.array(image, 'uint32') @ np.array([1 << 16, 1 << 8, 1], 'uint32') for image in frames]     # [H, W]
     counts = collections.Counter()
-    for image in frames:
-        counts.update({colour: count for count, colour in image.getcolors(1 << 24)})
+    for image in pixels:
+        counts.update(dict(zip(*(array.tolist() for array in np.unique(image, return_counts=True)))))
     # The areas' colours as they are, those of soft edges as near as they come.
-    palette = [colour for colour, _ in counts.most_common(160)]
-    rest = [colour for colour, _ in counts.most_common()[160:]]
-    if rest:
-        image = Image.fromarray(np.array([rest], 'uint8'))
-        near = image.quantize(96, method=Image.Quantize.MEDIANCUT).getpalette()[:3 * 96]
-        palette += zip(near[::3], near[1::3], near[2::3])
-    index = {colour: number for number, colour in enumerate(palette)}        # exact where it can be
-    colours = np.array(palette)
-    for colour in rest:
-        index.setdefault(colour, int(((colours - colour) ** 2).sum(axis=1).argmin()))
+    codes = np.array([code for code, _ in counts.most_common()])
+    colours = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1)                                # [n, 3]
+    palette, rest = colours[:160], colours[160:]
+    if len(rest):
+        near = Image.fromarray(rest[None].astype('uint8')).quantize(96, method=Image.Quantize.MEDIANCUT).getpalette()
+        palette = np.concatenate([palette, np.reshape(near, (-1, 3))[:96]])
     lookup = np.zeros(1 << 24, 'uint8')
-    for (red, green, blue), number in index.items():
-        lookup[red << 16 | green << 8 | blue] = number
-
-    def convert(image):
-        red, green, blue = np.moveaxis(np.array(image, 'uint32'), 2, 0)
-        indexed = Image.fromarray(lookup[red << 16 | green << 8 | blue])
-        indexed.putpalette(colours.astype('uint8').tobytes())
-        return indexed
-
-    return [convert(image) for image in frames]
+    for code, colour in zip(codes, colours):
+        lookup[code] = ((palette - colour) ** 2).sum(axis=1).argmin()
+    indexed = [Image.fromarray(lookup[image]) for image in pixels]
+    for image in indexed:
+        image.putpalette(palette.astype('uint8').tobytes())
+    return indexed
 
 
 # Panels of draw_alphas, in points.
@@ -342,8 +335,8 @@ def draw_alphas(epochs, title):
                              f'{state_name(state)} \u2192 {node}', size=11, width=PANEL_WIDTH)
                 if node == max(0, state - 1):            # the first of its row
                     for value, y in ((high, place[1] + 5), (low, place[1] + PANEL_HEIGHT - 5)):
-                        drawing.text(f'{kind}_{state}_{value}', place[0] - 4, y, f'{value:.{digits}f}', 'right', size=9,
-                                     colour=GREY, width=AXIS - 6)
+                        drawing.text(f'{kind}_{state}_axis_{value}', place[0] - 4, y, f'{value:.{digits}f}', 'right',
+                                     size=9, colour=GREY, width=AXIS - 6)
             x, y = left + node * PANEL_X, 78 + (1 + node) * PANEL_Y + PANEL_HEIGHT + 9
             ends = [(f'epoch {epochs[0].number}', 'left', x), (epochs[-1].number, 'right', x + PANEL_WIDTH)]
             for text, align, at in ends[:len(epochs)]:
