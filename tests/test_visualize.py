@@ -195,12 +195,12 @@ def test_one_palette_keeps_areas_exact_and_edges_near():
     images = [np.full((60, 80, 3), 255, 'uint8') for _ in range(3)]
     for image in images:
         image[10:30, 10:30] = families('#005A96')
-        image[40, :, :] = np.clip(255 - np.arange(80)[:, None] * rng.integers(1, 4, 3), 0, 255)
+        image[40:] = 255 - np.arange(80)[:, None] * rng.uniform(0, 3, (20, 1, 3))          # thousands of shades
     converted = visualize.with_one_palette([Image.fromarray(image) for image in images])
     assert len({tuple(image.getpalette()) for image in converted}) == 1
     for image, given in zip(converted, images):
         result = np.array(image.convert('RGB'))
-        assert (result[:40] == given[:40]).all() and np.abs(result.astype(int) - given).max() <= 16
+        assert (result[:40] == given[:40]).all() and np.abs(result.astype(int) - given).mean() < 5
 
 
 @needs_dot
