@@ -60,19 +60,19 @@ class Architect:
 
     def update(self, train, valid, lr):
         """`step` with batches from `Supernet.feed`."""
-        run = self.supernet.run
+        run, run_alphas = self.supernet.run, self.supernet.run_alphas
         xi = np.array([lr], self.store.dtype)
         if self.unrolled:
             run(train)                   # 1  g = grad_w L_train(w, alpha)
             self._virtual_step(xi=xi)    # 2  w' = w - xi (mu v + g + lambda w)
             run(valid)                   # 3  grad_alpha L_val(w', alpha),  u = grad_w' L_val(w', alpha)
             self._plus()                 # 4  eps = r / ||u||,  w + eps u
-            run(train)                   #    grad_alpha L_train(w + eps u, alpha)
+            run_alphas(train)            #    grad_alpha L_train(w + eps u, alpha)
             self._minus()                #    w - eps u
-            run(train)                   #    grad_alpha L_train(w - eps u, alpha)
+            run_alphas(train)            #    grad_alpha L_train(w - eps u, alpha)
             self._second_order(xi=xi)    # 5, 6  d_alpha, and w as it was
         else:
-            run(valid)                   # d_alpha = grad_alpha L_val(w, alpha)
+            run_alphas(valid)            # d_alpha = grad_alpha L_val(w, alpha)
         self.steps += 1
         bias = [1 - BETA1 ** self.steps, 1 - BETA2 ** self.steps]
         self._adam(bias=np.array(bias, self.store.dtype))

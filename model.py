@@ -4,11 +4,14 @@
 (statistics of the batch, drop path, auxiliary head) and one that evaluates (running statistics). All
 weights are one vector theta, all running statistics another, named as in the authors' PyTorch code.
 """
+import itertools
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from operations import BatchNorm, FactorizedReduce, ReLUConvBN, conv, drop_path_masks, linear, operation
+import custom_ops
+from operations import BatchNorm, conv, drop_path_masks, linear, operation, preprocess
 from parameters import Evaluation, FlatNetwork, Function, Layout
 from utils import UserError
 
@@ -19,9 +22,8 @@ class Cell:
     """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W']."""
 
     def __init__(self, layout, genotype, prefix, c_prev_prev, c_prev, channels, reduction, reduction_prev):
-        preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
-        self.preprocess0 = preprocess0(layout, [f'{prefix}.preprocess0'], c_prev_prev, channels, affine=True)
-        self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=True)
+        self.preprocess0 = preprocess(layout, f'{prefix}.preprocess0', c_prev_prev, channels, reduction_prev)
+        self.preprocess1 = preprocess(layout, f'{prefix}.preprocess1', c_prev, channels, False)
         edges, self.concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
                               (genotype.normal, genotype.normal_concat))
         self.edges = []                     # (operation, state, whether drop path may drop it), two a node
@@ -31,12 +33,11 @@ class Cell:
                                name != 'skip_connect' or stride == 2))
         self.channels_out = len(self.concat) * channels
 
-    def __call__(self, s0, s1, drop):
-        """drop: what is done to the output of every edge but the identities."""
+    def __call__(self, s0, s1, masks):
+        """masks: drop path's, one for every edge but the identities, or Nones."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in zip(self.edges[::2], self.edges[1::2]):
-            one, other = (drop(op(states[state])) if droppable else op(states[state])
-                          for op, state, droppable in node)
+            one, other = (op(states[state], next(masks) if droppable else None) for op, state, droppable in node)
             states.append(one + other)
         return paddle.concat([states[i] for i in self.concat], axis=1)
 
@@ -146,29 +147,29 @@ class Network(FlatNetwork):
         """The program of an evaluation, -> [loss, top-1, top-5, logits]."""
         images, labels = self._inputs()
         self._unpack(self.store.variable('theta'), training=False)
-        logits, _ = self._logits(images, drop=lambda x: x)
+        logits, _ = self._logits(images, masks=itertools.repeat(None))
         return [F.cross_entropy(logits, labels), *self._accuracies(logits, labels), logits]
 
     def _unpack(self, theta, training):
         self.layout.training = training
-        self.layout.unpack(theta)
-        self.layout.statistics.unpack(self.store.variable('statistics'))
+        bundled = custom_ops.enabled()
+        self.layout.unpack(theta, bundled)
+        self.layout.statistics.unpack(self.store.variable('statistics'), bundled)
 
     def _drop_path(self, images):
-        """A function that drops edges, a new mask at each call; the identity when paths are not dropped."""
+        """The masks of all edges that may be dropped, in the order of the cells; Nones when paths are not dropped."""
         if not self.drops_paths:
-            return lambda x: x
+            return itertools.repeat(None)
         keep = self.store.input('keep', [1])
         edges = sum(droppable for cell in self.cells for *_, droppable in cell.edges)
-        masks = iter(drop_path_masks(paddle.shape(images)[0], edges, keep))
-        return lambda x: x * next(masks)
+        return iter(drop_path_masks(paddle.shape(images)[0], edges, keep))
 
-    def _logits(self, images, drop):
+    def _logits(self, images, masks):
         """-> logits [N, classes], and those of the auxiliary head while training (else None)."""
         s0, s1 = self._stem(images)
         auxiliary_logits = None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop)
+            s0, s1 = s1, cell(s0, s1, masks)
             if self.auxiliary_head and self.layout.training and i == self.auxiliary_after:
                 auxiliary_logits = self.auxiliary_head(s1)
         return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias), auxiliary_logits
@@ -216,12 +217,12 @@ class Network(FlatNetwork):
         Its weights are parameters of their own there, under their names, and N is free.
         """
         program, scope = paddle.static.Program(), paddle.static.Scope()
-        with paddle.static.scope_guard(scope), paddle.static.program_guard(program, paddle.static.Program()):
+        with custom_ops.without(), paddle.static.scope_guard(scope), paddle.static.program_guard(program, paddle.static.Program()):
             images = paddle.static.data('images', [None, 3, self.image_size, self.image_size], 'float32')
             self.layout.training = False
             self.layout.create_parameters()
             self.layout.statistics.create_parameters()
-            logits, _ = self._logits(images, drop=lambda x: x)
+            logits, _ = self._logits(images, masks=itertools.repeat(None))
             for name, array in self.weights().items():
                 scope.var(name).get_tensor().set(array.astype('float32'), self.store.place)
             paddle.static.save_inference_model(path, [images], [logits], paddle.static.Executor(self.store.place),

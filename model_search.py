@@ -12,9 +12,10 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+import custom_ops
 from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES, derive, softmax
-from operations import (BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, States, avg_pool, batch_norm,
-                        conv, linear, max_pool)
+from operations import (BN_EPSILON, BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, States, avg_pool,
+                        batch_norm, conv, linear, max_pool)
 from parameters import Blocks, Evaluation, FlatNetwork, Function, Layout, check_numbers
 from utils import UserError
 
@@ -96,14 +97,21 @@ class Cell:
     """A cell of the supernet: (s0, s1), the outputs of the two cells before, -> [N, 4 * C, H', W']."""
 
     def __init__(self, layout, mixing, prefix, c_prev_prev, c_prev, channels, reduction, reduction_prev):
-        self.channels = channels
+        self.channels, self.reduction = channels, reduction
         preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
         self.preprocess0 = preprocess0(layout, [f'{prefix}.preprocess0'], c_prev_prev, channels, affine=False)
         self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=False)
+        first = len(layout.blocks)
         self.mixed = [MixedOps(layout, mixing, prefix, states, channels, reduction) for states in STATE_GROUPS]
+        bundles = layout.bundles(first)
+        self.bundles = [bundles[tail] for tail in ((1, 3, 3), (1, 5, 5), (channels, 1, 1))]
 
-    def __call__(self, s0, s1):
+    def __call__(self, s0, s1, mixing, weight_gradients):
+        """mixing: softmax(alpha) [14, 8] of this kind of cell; weight_gradients: whether they are wanted."""
         x = batch_norm(paddle.concat([self.preprocess0.convolve(s0), self.preprocess1.convolve(s1)], axis=1))
+        if custom_ops.enabled():
+            return custom_ops.mixed_cell(x, *(bundle.tensor for bundle in self.bundles), mixing, self.reduction,
+                                         weight_gradients, BN_EPSILON)
         nodes, sums = [], []          # sums: what the states so far contribute to the nodes not yet complete
         for mixed in self.mixed:
             sums = mixed(x) + sums
@@ -197,34 +205,44 @@ class Supernet(FlatNetwork):
         self.store.set('alpha_gradient', np.zeros((2, EDGES, len(PRIMITIVES))))
         if not built:
             return
-        self._run = Function(self.store, lambda: self._build(gradients=True))
-        self._evaluate = Function(self.store, lambda: self._build(gradients=False))
+        self._run = Function(self.store, lambda: self._build(['theta', 'alphas']))
+        self._evaluate = Function(self.store, lambda: self._build([]))
+        self._run_alphas = Function(self.store, lambda: self._build(['alphas'])) if custom_ops.enabled() else self._run
 
-    def _build(self, gradients):
-        """The program of the supernet; returns [loss, top-1, top-5]."""
+    def _build(self, wanted):
+        """The program of the supernet with the gradients of the vectors `wanted`; returns [loss, top-1, top-5]."""
         store = self.store
         images, labels = self._inputs()
         theta, alphas = store.variable('theta', trainable=True), store.variable('alphas', trainable=True)
-        logits = self._logits(images, theta, alphas)
+        logits = self._logits(images, theta, alphas, weight_gradients='theta' in wanted)
         loss = F.cross_entropy(logits, labels)
-        if gradients:
-            gradient, alpha_gradient = paddle.static.gradients([loss], [theta, alphas])
-            store.assign('gradient', gradient)
-            store.assign('alpha_gradient', alpha_gradient)
+        if wanted:
+            # Both, always: Paddle 2.6 cannot leave out an output of an operator that is not its own.
+            gradients = dict(zip(('theta', 'alphas'), paddle.static.gradients([loss], [theta, alphas])))
+            for name in wanted:
+                store.assign({'theta': 'gradient', 'alphas': 'alpha_gradient'}[name], gradients[name])
         return [loss, *self._accuracies(logits, labels)]
 
-    def _logits(self, images, theta, alphas):
-        self.layout.unpack(theta)
-        weights = paddle.reshape(F.softmax(alphas, axis=-1), [-1])
-        self.mixing.unpack(paddle.gather(weights, paddle.assign(self.mixing_source)))
+    def _logits(self, images, theta, alphas, weight_gradients):
+        self.layout.unpack(theta, bundled=custom_ops.enabled())
+        weights = F.softmax(alphas, axis=-1)
+        if custom_ops.enabled():
+            mixing = [paddle.reshape(each, alphas.shape[1:]) for each in paddle.split(weights, 2, axis=0)]
+        else:
+            mixing = [None, None]          # a block for each operation has it
+            self.mixing.unpack(paddle.gather(paddle.reshape(weights, [-1]), paddle.assign(self.mixing_source)))
         s0 = s1 = self.stem_norm(conv(images, self.stem, padding=1))
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1)
+            s0, s1 = s1, cell(s0, s1, mixing[cell.reduction], weight_gradients)
         return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias)
 
     def run(self, feed):
         """Loss and gradients of a batch from `feed`; the gradients stay on the device."""
         return Evaluation(*map(float, self._run(**feed)))
+
+    def run_alphas(self, feed):
+        """`run` for who needs the gradient of alpha alone: that of the weights may stay as it was."""
+        return Evaluation(*map(float, self._run_alphas(**feed)))
 
     def evaluate(self, images, labels):
         """Mean loss, top-1 and top-5 accuracy (fractions) of a batch; the gradients are not touched."""

@@ -159,12 +159,6 @@ class SeparableConv:
 
     def convolve(self, states):
         """All but the BN."""
-        if custom_ops.enabled():
-            x = custom_ops.separable_conv(states.x, self.depthwise.tensor, self.pointwise.tensor,
-                                          self.stride, self.dilation)
-            for weight in (self.depthwise, self.pointwise):
-                weight.uses += x.shape[2] * x.shape[3]
-            return x
         groups = self.edges * self.channels
         x = conv(states.rectified, self.depthwise, self.stride, self.padding, self.dilation, groups)
         return conv(x, self.pointwise, groups=self.edges)
@@ -205,24 +199,68 @@ class Conv7x1_1x7:
         return self.norm(conv(x, self.column, [self.stride, 1], [3, 0], groups=self.edges), scale)
 
 
+class Fused:
+    """An operation ReLU, convolution, BN (or twice that) of a discrete network: one operator where custom_ops has it.
+
+    make(): the operation, by Paddle's operators; stages: 2 for a SepConv, else 1.
+    """
+
+    def __init__(self, layout, make, stages=1, stride=1, dilation=1):
+        first, first_statistic = len(layout.blocks), len(layout.statistics.blocks)
+        self.layout, self.make_with_paddle = layout, make()
+        self.attributes = dict(stages=stages, stride=stride, dilation=dilation)
+        self.convolutions = [block for block in layout.blocks[first:] if block.tail]
+        # Of the tails of convolutions (1, k, k) stands for a depthwise one.
+        *convolutions, self.affine = [bundle for _, bundle in sorted(layout.bundles(first).items(), reverse=True)]
+        self.pointwise, *self.depthwise = convolutions
+        self.running = layout.statistics.bundles(first_statistic)[()]
+
+    def __call__(self, x, mask=None):
+        """mask: None, or a variable [N, 1, 1, 1] that the result is multiplied by."""
+        if not custom_ops.enabled():
+            return masked(self.make_with_paddle(x), mask)
+        # While training the operator gives the new running statistics.
+        depthwise = self.depthwise[0].tensor if self.depthwise else constant([1, 1, 1, 1], 1.0, x.dtype, trainable=True)
+        x, self.running.tensor = custom_ops.conv_norm(
+            x, depthwise, self.pointwise.tensor, self.affine.tensor, self.running.tensor, mask, **self.attributes,
+            training=self.layout.training, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)
+        for block in self.convolutions:
+            block.uses += x.shape[2] * x.shape[3]
+        return x
+
+
+def masked(x, mask):
+    return x if mask is None else x * mask
+
+
 def operation(name, layout, prefix, channels, stride):
-    """The operation `name` on one edge of a discrete network: a function [N, C, H, W] -> the same shape
-    (stride 2: half of it); every BN has a scale and a shift."""
-    if name == 'max_pool_3x3':
-        return lambda x: max_pool(x, stride)
-    if name == 'avg_pool_3x3':
-        return lambda x: avg_pool(x, stride)
+    """The operation `name` on one edge of a discrete network: a function (x [N, C, H, W], mask) -> the same shape
+    (stride 2: half of it), multiplied by mask [N, 1, 1, 1] unless it is None; every BN has a scale and a shift."""
+    if name in ('max_pool_3x3', 'avg_pool_3x3'):
+        pool = max_pool if name == 'max_pool_3x3' else avg_pool
+        return lambda x, mask: masked(pool(x, stride), mask)
     if name == 'skip_connect':
         if stride == 1:
-            return lambda x: x
-        return FactorizedReduce(layout, [prefix], channels, channels, affine=True)
+            return masked
+        reduce = FactorizedReduce(layout, [prefix], channels, channels, affine=True)
+        return lambda x, mask: masked(reduce(x), mask)
     if name == 'conv_7x1_1x7':
         convolve = Conv7x1_1x7(layout, [prefix], channels, stride, affine=True)
-    else:
-        kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
-                        'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
+        return lambda x, mask: masked(convolve(States(x)), mask)
+    kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
+                    'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
+
+    def make():
         convolve = kind(layout, [prefix], channels, kernel, stride, affine=True)
-    return lambda x: convolve(States(x))
+        return lambda x: convolve(States(x))
+    return Fused(layout, make, stages=1 + (kind is SepConv), stride=stride, dilation=1 + (kind is DilConv))
+
+
+def preprocess(layout, prefix, c_in, c_out, reduction_prev):
+    """What brings an input of a discrete network's cell to its width and, behind a reduction cell, s0 to its size."""
+    if reduction_prev:
+        return FactorizedReduce(layout, [prefix], c_in, c_out, affine=True)
+    return Fused(layout, lambda: ReLUConvBN(layout, [prefix], c_in, c_out, affine=True))
 
 
 def drop_path_masks(count, edges, keep):

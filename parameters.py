@@ -20,15 +20,26 @@ class Block:
     """n weights of equal shape [out, ...] that one batched operation uses as one tensor [n * out, ...].
 
     `tensor` is the variable of the program under construction, set by `Blocks.unpack`; `uses` counts
-    there the positions of an image that the weights are multiplied at.
+    there the positions of an image that the weights are multiplied at. `bundle` is the `Bundle` that it belongs to,
+    None for most; its blocks have no tensors of their own where a program takes the bundle.
     """
 
     def __init__(self, count, shape):
         self.count, self.shape = count, tuple(shape)
         self.rows, self.tail = count * self.shape[0], self.shape[1:]
         self.size = self.rows * math.prod(self.tail)
-        self.offset = None
+        self.offset, self.bundle = None, None
         self.tensor, self.uses = None, 0
+
+
+class Bundle:
+    """Blocks of one family, declared one after the other, that an operator takes as one `tensor` [all rows, ...]."""
+
+    def __init__(self, blocks):
+        self.rows = sum(block.rows for block in blocks)
+        self.tensor = None
+        for block in blocks:
+            block.bundle = self
 
 
 class Blocks:
@@ -49,6 +60,13 @@ class Blocks:
         self.blocks.append(block)
         return block
 
+    def bundles(self, start):
+        """Makes a `Bundle` of all blocks of each family that were added from number `start` on: {shape[1:]: Bundle}."""
+        families = {}
+        for block in self.blocks[start:]:
+            families.setdefault(block.tail, []).append(block)
+        return {tail: Bundle(blocks) for tail, blocks in families.items()}
+
     def seal(self):
         """Places all blocks that were added; returns self."""
         self.families = {}
@@ -61,18 +79,26 @@ class Blocks:
                 self.size += block.size
         return self
 
-    def unpack(self, vector):
-        """Gives every block its tensor: a piece of `vector` ([size], in the program under construction)."""
+    def unpack(self, vector, bundled=False):
+        """Gives every block its tensor: a piece of `vector` ([size], in the program under construction).
+
+        bundled: gives every bundle its tensor instead, and only what is in none to the block.
+        """
+        self._pieces = []
         families = _split(vector, [sum(b.size for b in blocks) for blocks in self.families.values()])
         for (tail, blocks), family in zip(self.families.items(), families):
             if tail:
                 family = paddle.reshape(family, [-1, *tail])
-            for block, piece in zip(blocks, _split(family, [b.rows for b in blocks])):
-                block.tensor, block.uses = piece, 0
+            pieces = list(dict.fromkeys(bundled and block.bundle or block for block in blocks))
+            for piece, tensor in zip(pieces, _split(family, [piece.rows for piece in pieces])):
+                piece.tensor = tensor
+            for block in blocks:
+                block.uses = 0
+            self._pieces.append(pieces)
 
     def pack(self):
         """The inverse of `unpack`: the vector [size] of all tensors as they are now."""
-        families = [_concat([block.tensor for block in blocks]) for blocks in self.families.values()]
+        families = [_concat([piece.tensor for piece in pieces]) for pieces in self._pieces]
         return _concat([paddle.reshape(family, [-1]) if len(family.shape) > 1 else family for family in families])
 
 

@@ -11,6 +11,8 @@ import warnings
 # Before paddle is imported: its start-up notes are no news to who runs a search.
 os.environ.setdefault('GLOG_minloglevel', '2')
 warnings.filterwarnings('ignore', module=r'paddle\b.*')
+# As the user set it; where it is not set, Paddle sets it to 1 for itself.
+_omp_num_threads = os.environ.get('OMP_NUM_THREADS', '')
 
 
 def _keep_memory():
@@ -189,14 +191,23 @@ def find_place(use_gpu):
     return paddle.CUDAPlace(0) if gpus and use_gpu is not False else paddle.CPUPlace()
 
 
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def threads():
+    """How many threads an operator of custom_ops uses: OMP_NUM_THREADS, or as many as there are cores."""
+    return int(_omp_num_threads) if _omp_num_threads.isdigit() and int(_omp_num_threads) else cores()
+
+
 def announce(log, place):
     """Logs the device and the version of Paddle."""
     import paddle
     if isinstance(place, paddle.CUDAPlace):
         device = f"GPU {place.get_device_id()} ({paddle.device.cuda.get_device_name(place.get_device_id())})"
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        device = f"CPU ({cores} cores)"
+        device = f"CPU ({cores()} cores)"
     log.info(f"device: {device}, Paddle {paddle.__version__}")
 
 

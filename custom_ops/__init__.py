@@ -3,6 +3,8 @@
 `enable()` compiles or finds them and switches them on; programs that are built from then on use them.
 Without a compiler, on a GPU, or after `enable(False)` Paddle's own operators compute the same.
 """
+import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -16,9 +18,10 @@ import paddle
 
 log = logging.getLogger('darts')
 
-SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'separable_conv.cc')
-FLAGS = ['-O2', '-march=native', '-fopenmp']
-OPERATOR = 'darts_separable_conv'
+HERE = os.path.dirname(os.path.abspath(__file__))
+SOURCES = [os.path.join(HERE, name) for name in ('conv_norm.cc', 'mixed_cell.cc')]
+HEADERS = [os.path.join(HERE, 'kernels.h')]
+FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
 
 _state = {'enabled': False, 'loaded': False}
 
@@ -34,23 +37,62 @@ def enable(wanted=True):
     return _state['enabled']
 
 
-def separable_conv(x, depthwise, pointwise, stride, dilation):
-    """ReLU, depthwise k x k with padding dilation * (k // 2), pointwise: before the BN, as one operator.
+@contextlib.contextmanager
+def without():
+    """Paddle's own operators for the programs built meanwhile."""
+    before, _state['enabled'] = _state['enabled'], False
+    try:
+        yield
+    finally:
+        _state['enabled'] = before
 
-    x [N, S * C, H, W]; depthwise [E * C, 1, k, k] and pointwise [E * C, C, 1, 1] of E edges, of which edge e
-    reads the channels of state e % S; -> [N, E * C, H', W'].
+
+def conv_norm(x, depthwise, pointwise, affine, running, mask, stages, stride, dilation, training, epsilon, momentum):
+    """ReLU, depthwise k x k (padding dilation * (k // 2)), pointwise, batch normalisation, as one operator.
+
+    x [N, C_in, H, W]; depthwise [C, 1, k, k] with k of 3, 5, 7, or [1, 1, 1, 1] for none; pointwise [C, C_in, 1, 1]; affine
+    [2 * C]: scale, shift; running [2 * C]: mean, variance; mask: None, or [N, 1, 1, 1] that the result is multiplied by.
+    With stages 2 the whole is repeated with stride 1, its weights behind those of the first. training: whether to
+    normalise by the batch and to move the running statistics. -> the result [N, C, H', W'] and the running statistics.
     """
-    if hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode():
-        return paddle._C_ops._run_custom_op(OPERATOR, x, depthwise, pointwise, stride, dilation)[0]
+    return _build('darts_conv_norm', {'X': x, 'Depthwise': depthwise, 'Pointwise': pointwise, 'Affine': affine,
+                                      'Running': running, 'Mask': running if mask is None else mask},
+                  ['Out', 'Saved', 'Statistics', 'NewRunning'],
+                  {'stages': stages, 'stride': stride, 'dilation': dilation, 'training': training,
+                   'masked': mask is not None, 'epsilon': epsilon, 'momentum': momentum})[::3]
+
+
+def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_gradients, epsilon):
+    """All mixed operations of a cell of the supernet, as model_search.Cell builds them otherwise, as one operator.
+
+    x [N, 2 * C, H, W]: both input states; depthwise3 [14 * 3 * C, 1, 3, 3], depthwise5 [14 * 3 * C, 1, 5, 5], pointwise
+    [14 * 6 * C, C, 1, 1] (in a reduction cell 8 * C more): its weights in the order of README.md; mixing [14, 8]: softmax
+    of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the batch normalisations;
+    -> the four nodes [N, 4 * C, H', W'].
+    """
+    return _build('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5, 'Pointwise': pointwise,
+                                       'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],
+                  {'reduction': reduction, 'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+
+
+def _build(operator, inputs, outputs, attributes):
+    """Puts an operator into the program under construction, -> its outputs."""
+    if in_pir_mode():
+        return paddle._C_ops._run_custom_op(operator, *inputs.values(), *attributes.values())
     from paddle.base.layer_helper import LayerHelper
-    helper = LayerHelper(OPERATOR)
-    out = helper.create_variable_for_type_inference(x.dtype)
-    helper.append_op(type=OPERATOR, inputs={'X': x, 'Depthwise': depthwise, 'Pointwise': pointwise},
-                     outputs={'Out': out}, attrs={'stride': stride, 'dilation': dilation})
-    return out
+    helper = LayerHelper(operator)
+    outputs = {name: helper.create_variable_for_type_inference(inputs['X'].dtype) for name in outputs}
+    helper.append_op(type=operator, inputs=inputs, outputs=outputs, attrs=attributes)
+    return list(outputs.values())
+
+
+def in_pir_mode():
+    """Whether Paddle keeps programs in its intermediate representation (from 3.0 on)."""
+    return hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode()
 
 
 def _load():
+    import utils                       # not at the top: the compilation runs this file without the project around it
     if not _state['loaded']:
         path = library_path()
         if not os.path.isfile(path):
@@ -61,18 +103,26 @@ def _load():
                 return False
         from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
         load_op_meta_info_and_register_op(path)
+        ctypes.c_int.in_dll(ctypes.CDLL(path), 'darts_threads').value = utils.threads()
+        try:
+            # One operator after the other: these use all cores themselves.
+            paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})
+        except ValueError:
+            pass                                       # Paddle 2.6 has no such flag
         _state['loaded'] = True
     return True
 
 
 def library_path():
     """Where the compiled operators are kept: a file for each source, Paddle, Python and processor."""
-    with open(SOURCE, 'rb') as file:
-        parts = [file.read(), ' '.join(FLAGS).encode()]
+    parts = [' '.join(FLAGS).encode()]
+    for path in SOURCES + HEADERS:
+        with open(path, 'rb') as file:
+            parts.append(file.read())
     parts += [each.encode() for each in (paddle.__version__, paddle.version.commit, platform.python_version(),
                                          platform.machine(), _processor_features())]
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-    return os.path.join(cache, 'darts', hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16], 'separable_conv.so')
+    return os.path.join(cache, 'darts', hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16], 'darts_ops.so')
 
 
 def _processor_features():
@@ -96,7 +146,7 @@ def compile_to(path):
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
             done = subprocess.run([sys.executable, os.path.abspath(__file__), folder], text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            library = os.path.join(folder, 'separable_conv', 'separable_conv.so')
+            library = os.path.join(folder, 'darts_ops', 'darts_ops.so')
             if done.returncode or not os.path.isfile(library):
                 lines = [line for line in done.stdout.splitlines() if 'rror' in line] or done.stdout.splitlines()
                 return f"they could not be compiled ({(lines or ['no output'])[0].strip()[:200]})"
@@ -108,5 +158,5 @@ def compile_to(path):
 
 if __name__ == '__main__':
     from paddle.utils import cpp_extension
-    cpp_extension.load(name='separable_conv', sources=[SOURCE], extra_cxx_cflags=FLAGS, extra_ldflags=['-fopenmp'],
+    cpp_extension.load(name='darts_ops', sources=SOURCES, extra_cxx_cflags=FLAGS, extra_ldflags=['-fopenmp'],
                        build_directory=sys.argv[1])

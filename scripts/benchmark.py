@@ -1,13 +1,16 @@
 """Measures this project against a peer, both in turns in the same run: medians and ratios.
 
-    python scripts/benchmark.py                            # all parts
+    python scripts/benchmark.py                            # all parts, about an hour on two cores
+    python scripts/benchmark.py start                      # --full: at the size of the search too, ten minutes more
     python scripts/benchmark.py search_step --batch_size 16 64
-    python scripts/benchmark.py imagenet_input --rounds 9 --json
+    python scripts/benchmark.py cifar_input imagenet_input --rounds 9 --json
 
-The steps are measured against scripts/pytorch_networks.py (pip install torch), each side in a process of
-its own that waits while the other computes. Before anything is timed both have to compute the same.
+Steps are measured against scripts/pytorch_networks.py (pip install torch), the start against
+scripts/edge_by_edge.py, each side in a process of its own that waits while the other computes. Before
+anything is timed both have to compute the same.
 """
 import argparse
+import collections
 import json
 import os
 import statistics
@@ -95,14 +98,14 @@ def random_batches(batch_size):
             for _ in range(2)]
 
 
-def our_search(batch_size, unrolled, weights):
+def our_search(batch_size, unrolled, weights, channels=CHANNELS, layers=LAYERS):
     """The supernet and one step of the search; its weights and alpha go to the file `weights`."""
     import custom_ops
     from architect import Architect
     from model_search import Supernet
     from parameters import MomentumSGD
     custom_ops.enable()
-    supernet = Supernet(CHANNELS, 10, LAYERS)
+    supernet = Supernet(channels, 10, layers)
     optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
     architect = Architect(supernet, optimizer, unrolled=unrolled)
     np.savez(weights, **supernet.weights(), **supernet.alphas())
@@ -118,7 +121,7 @@ def our_search(batch_size, unrolled, weights):
 
 
 def torch_search(batch_size, unrolled, weights, layout):
-    """The same in PyTorch, from the same weights; layout: of the tensors in memory."""
+    """The same in PyTorch, from the same weights; layout: of the tensors in memory, and whether it is compiled."""
     import torch
     from pytorch_networks import Architect, Supernet, search_step
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -128,8 +131,10 @@ def torch_search(batch_size, unrolled, weights, layout):
         for name in ('alphas_normal', 'alphas_reduce'):
             getattr(network, name).copy_(arrays.pop(name))
     network.load_state_dict(arrays, strict=False)
-    memory_format = getattr(torch, layout)
+    memory_format = getattr(torch, layout.split()[0])
     network = network.to(memory_format=memory_format)
+    if layout == COMPILED:
+        network = torch.compile(network)
     batches = [(torch.from_numpy(images).to(memory_format=memory_format), torch.from_numpy(labels))
                for images, labels in random_batches(batch_size)]
     loss = torch.nn.functional.cross_entropy(network(batches[0][0]), batches[0][1])
@@ -168,8 +173,10 @@ def torch_training(batch_size, weights, layout):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=True)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in np.load(weights).items()}, strict=False)
-    memory_format = getattr(torch, layout)
+    memory_format = getattr(torch, layout.split()[0])
     network = network.to(memory_format=memory_format)
+    if layout == COMPILED:
+        network = torch.compile(network)
     (images, labels), _ = random_batches(batch_size)
     images, labels = torch.from_numpy(images).to(memory_format=memory_format), torch.from_numpy(labels)
     optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
@@ -189,8 +196,8 @@ def torch_training(batch_size, weights, layout):
     serve({'loss': float(loss_of().detach())}, step)
 
 
-SIDES = {side.__name__: side for side in (our_search, torch_search, our_training, torch_training)}
 LAYOUTS = ('contiguous_format', 'channels_last')
+COMPILED = 'channels_last compiled'
 
 
 def check_same(ours, peers):
@@ -207,16 +214,17 @@ def check_same(ours, peers):
                 raise utils.UserError(f"the two sides do not compute the same: {key} differs by {difference:.1e}")
 
 
-def compare(what, ours, theirs, rounds, **settings):
-    """Rows of the table for steps of both sides, in turns; of the peer's layouts the faster one counts."""
+def compare(what, ours, theirs, args, **settings):
+    """Rows of the table for steps of both sides, in turns; of the peer's layouts the fastest one counts."""
+    layouts = LAYOUTS + (COMPILED,) * args.compile
     with tempfile.TemporaryDirectory() as folder:
         settings['weights'] = os.path.join(folder, 'weights.npz')
         sides = {'ours': Side(ours, **settings)}
-        sides.update((layout, Side(theirs, layout=layout, **settings)) for layout in LAYOUTS)
-    check_same(sides['ours'].answer, [sides[layout].answer for layout in LAYOUTS])
-    seconds = alternate_sides(sides, rounds)
+        sides.update((layout, Side(theirs, layout=layout, **settings)) for layout in layouts)
+    check_same(sides['ours'].answer, [sides[layout].answer for layout in layouts])
+    seconds = alternate_sides(sides, args.rounds)
     memory = {name: side.end() for name, side in sides.items()}
-    best = min(LAYOUTS, key=seconds.get)
+    best = min(layouts, key=seconds.get)
     name = f"PyTorch, {best.replace('_format', '').replace('_', ' ')}"
     return [{'what': f'{what}, time', 'unit': 's', 'ours': seconds['ours'], 'peer': seconds[best], 'peer is': name,
              'ratio': seconds['ours'] / seconds[best]},
@@ -241,17 +249,205 @@ def search_step(args):
     for batch_size in args.batch_size:
         for unrolled in (True, False):
             rows += compare(f"search step, {'second' if unrolled else 'first'} order, batch {batch_size}", 'our_search',
-                            'torch_search', args.rounds, batch_size=batch_size, unrolled=unrolled)
+                            'torch_search', args, batch_size=batch_size, unrolled=unrolled)
     return rows
 
 
 def training_step(args):
     """A step of the training of DARTS_PADDLE for CIFAR-10."""
-    return compare('training step, batch 32', 'our_training', 'torch_training', args.rounds, batch_size=32)
+    return compare('training step, batch 32', 'our_training', 'torch_training', args, batch_size=32)
+
+
+def growth(args):
+    """How our second-order step grows with batch, channels and cells, and which operators a pass spends its time in."""
+    rows, base = [], dict(batch_size=16, channels=CHANNELS, layers=LAYERS)
+    for name, values in (('batch_size', (16, 32, 64)), ('channels', (8, 32)), ('layers', (5, 11))):
+        for value in values:
+            with tempfile.TemporaryDirectory() as folder:
+                side = Side('our_search', unrolled=True, weights=os.path.join(folder, 'weights.npz'), **dict(base, **{name: value}))
+                seconds = alternate_sides({'ours': side}, args.rounds)['ours']
+                memory = side.end()
+            rows += [{'what': f'search step, {name} {value}, time', 'unit': 's', 'ours': seconds},
+                     {'what': f'search step, {name} {value}, peak memory', 'unit': 'GB', 'ours': memory}]
+    side = Side('operator_times', **base)
+    rows += [{'what': f'of a pass: {name}', 'unit': '%', 'ours': share} for name, share in side.answer['shares']]
+    side.end()
+    return rows
+
+
+def operator_times(batch_size, channels, layers):
+    """The part of a pass of the supernet, in per cent, that each kind of operator takes, by Paddle's profiler."""
+    import paddle
+    from paddle import profiler
+    import custom_ops
+    from model_search import Supernet
+    custom_ops.enable()
+    supernet = Supernet(channels, 10, layers)
+    feed = supernet.feed(*random_batches(batch_size)[0])
+    supernet.run(feed)
+    with profiler.Profiler(targets=[profiler.ProfilerTarget.CPU]) as watch:
+        for _ in range(3):
+            supernet.run(feed)
+    times = collections.Counter()
+
+    def add(event):
+        if event.type == paddle.base.core.TracerEventType.Operator:
+            times[event.name.replace('custom_op.', '').replace('pd_op.', '').rstrip('_')] += event.end_ns - event.start_ns
+        for each in event.children_node:
+            add(each)
+    for events in watch.profiler_result.get_data().values():
+        add(events)
+    total = sum(times.values())
+    serve({'shares': [(name, 100 * time / total) for name, time in times.most_common(8)]}, None)
 
 
 # ---------------------------------------------------------------------------------------------------
-# ImageNet input
+# Start, and launches on a GPU
+
+def our_start(channels, layers):
+    """From the start of the process to the end of the first run of all programs of a second-order search."""
+    import custom_ops
+    from architect import Architect
+    from model_search import Supernet
+    from parameters import MomentumSGD
+    custom_ops.enable()
+    supernet = Supernet(channels, 10, layers)
+    Architect(supernet, MomentumSGD(supernet.store, 0.9, 3e-4, 5.0))
+    supernet.store.warm_up()
+    seconds, batch = utils.seconds_since_start(), random_batches(2)[0]
+    serve({'seconds': seconds, 'operators': supernet.store.operators, 'loss': supernet.run(supernet.feed(*batch)).loss}, None)
+
+
+def edge_by_edge_start(channels, layers):
+    """The same for one forward and backward pass, built edge by edge."""
+    from edge_by_edge import EdgeByEdge
+    from model_search import Supernet
+    network = EdgeByEdge(channels, 10, layers)
+    same = Supernet(channels, 10, layers, built=False)
+    loss = network.run({**same.weights(), **same.alphas()}, *random_batches(2)[0])
+    serve({'seconds': utils.seconds_since_start(), 'operators': network.operators, 'loss': loss}, None)
+
+
+def start(args):
+    """Seconds to the first result, operators and memory: all programs here, one pass edge by edge."""
+    rows = []
+    for channels, layers in ((4, 3), (4, 4), (4, 5)) + ((CHANNELS, LAYERS),) * args.full:
+        answers, memory = collections.defaultdict(list), {}
+        for _ in range(1 if layers == LAYERS else min(args.rounds, 3)):
+            for name in ('our_start', 'edge_by_edge_start'):
+                side = Side(name, channels=channels, layers=layers)
+                answers[name].append(side.answer)
+                memory[name] = side.end()
+        ours, peer = answers['our_start'], answers['edge_by_edge_start']
+        check_same({'loss': ours[0]['loss']}, [{'loss': peer[0]['loss']}])
+        for what, unit, one, other in (
+                ('ready', 's', *(statistics.median(each['seconds'] for each in side) for side in (ours, peer))),
+                ('operators', '', ours[0]['operators'], peer[0]['operators']),
+                ('peak memory', 'GB', memory['our_start'], memory['edge_by_edge_start'])):
+            rows.append({'what': f'start, C {channels}, {layers} cells, {what}', 'unit': unit, 'ours': one, 'peer': other,
+                         'peer is': 'one pass, edge by edge', 'ratio': one / other})
+    side = Side('our_start', channels=CHANNELS, layers=LAYERS)
+    rows.append({'what': 'start at the defaults, ready', 'unit': 's', 'ours': side.answer['seconds']})
+    side.end()
+    return rows
+
+
+def count_launches(program):
+    """Operators of a program that compute something on the device: not constants, views and bookkeeping."""
+    free = {'full', 'full_int_array', 'fill_constant', 'reshape', 'reshape_', 'reshape2', 'reshape2_grad', 'data', 'feed',
+            'fetch', 'parameter', 'set_parameter', 'shadow_output', 'constant', 'combine', 'split', 'shape', 'shape64',
+            'flatten', 'unsqueeze', 'squeeze', 'unsqueeze2', 'squeeze2', 'share_data'}
+    names = []
+    for operator in program.global_block().ops:
+        name = operator.name() if callable(getattr(operator, 'name', None)) else operator.type
+        kind, _, name = name.rpartition('.')
+        if kind != 'builtin' and (name == 'split' or name not in free):
+            names.append(name)
+    return len(names)
+
+
+def launches(args):
+    """Kernel launches of a second-order search step on a GPU, counted in the programs; nothing is run."""
+    from architect import Architect
+    from edge_by_edge import EdgeByEdge
+    from model_search import Supernet
+    supernet = Supernet(CHANNELS, 10, LAYERS)            # Paddle's own operators: those of a GPU
+    architect = Architect(supernet)
+    one_pass = count_launches(supernet._run.program)
+    vectors = sum(count_launches(function.program) for function in supernet.store.functions) - one_pass - count_launches(
+        supernet._evaluate.program)
+    del architect
+    peer = count_launches(EdgeByEdge(CHANNELS, 10, LAYERS).program)
+    # Five passes a step on both sides; the peer's vector arithmetic, an operator or more a weight, is left out.
+    return [{'what': 'launches of a pass', 'unit': '', 'ours': one_pass, 'peer': peer, 'peer is': 'edge by edge',
+             'ratio': one_pass / peer},
+            {'what': 'launches of a second-order step', 'unit': '', 'ours': 5 * one_pass + vectors, 'peer': 5 * peer,
+             'peer is': 'edge by edge, its five passes alone', 'ratio': (5 * one_pass + vectors) / (5 * peer)}]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Input
+
+def per_image(images, mean, std, seed):
+    """CIFAR's augmentation picture by picture, as a list of transformations makes it."""
+    rng, batch = np.random.default_rng(seed), []
+    mean, std = mean.reshape(3, 1, 1), std.reshape(3, 1, 1)
+    for image in images:
+        padded = np.pad(image, ((0, 0), (4, 4), (4, 4)))
+        top, left = rng.integers(0, 9, 2)
+        image = padded[:, top:top + 32, left:left + 32]
+        if rng.random() < 0.5:
+            image = image[:, :, ::-1]
+        image = (image.astype('float32') / 255 - mean) / std
+        y, x = rng.integers(0, 32, 2)
+        image[:, max(0, y - 8):y + 8, max(0, x - 8):x + 8] = 0
+        batch.append(image)
+    return np.stack(batch)
+
+
+def cifar_input(args):
+    """Images per second of the reader of CIFAR, and the part of a search that waits for it."""
+    data = reader.load('fashion_mnist_sample')                                   # of CIFAR's size
+    batches = reader.Batches(data.train_images, data.train_labels, 64, shuffle=True, augment=True, cutout_length=16,
+                             drop_last=True, mean=data.mean, std=data.std, seed=0)
+    seconds = alternate({'ours': lambda: batches.batch(0, 3),
+                         'peer': lambda: per_image(data.train_images[:64], data.mean, data.std, 0)}, args.rounds)
+    side = Side('our_waiting')
+    waiting = side.answer['waiting']
+    side.end()
+    return [{'what': 'CIFAR training pictures, batch 64', 'unit': 'images/s', 'ours': 64 / seconds['ours'],
+             'peer': 64 / seconds['peer'], 'peer is': 'picture by picture, numpy', 'ratio': seconds['ours'] / seconds['peer']},
+            {'what': 'first-order search, batch 16: waiting for input', 'unit': '%', 'ours': waiting}]
+
+
+def our_waiting(steps=12):
+    """The part of first-order steps, the shortest, that waits for the two batches; in per cent."""
+    import custom_ops
+    from architect import Architect
+    from model_search import Supernet
+    from parameters import MomentumSGD
+    custom_ops.enable()
+    data = reader.load('fashion_mnist_sample')
+    common = dict(batch_size=16, mean=data.mean, std=data.std, seed=0)
+    train = reader.Batches(data.train_images, data.train_labels, shuffle=True, augment=True, cutout_length=16, drop_last=True,
+                           **common)
+    valid = reader.Batches(data.test_images, data.test_labels, shuffle=False, **common)
+    supernet = Supernet(CHANNELS, 10, LAYERS)
+    optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
+    architect = Architect(supernet, optimizer, unrolled=False)
+    supernet.store.warm_up()
+    ahead = reader.prefetch(lambda step: (train.batch(0, step), valid.random_batch(0, step)), range(steps), 2)
+    began, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        asked = time.perf_counter()
+        halves = next(ahead)
+        waited += time.perf_counter() - asked
+        feeds = [supernet.feed(*half) for half in halves]
+        architect.update(*feeds, 0.025)
+        supernet.run(feeds[0])
+        optimizer.step(0.025)
+    serve({'waiting': 100 * waited / (time.perf_counter() - began)}, None)
+
 
 def make_pictures(folder, count):
     """JPEGs as large as ImageNet's (500 x 375 and the like, about 100 KB) out of Fashion-MNIST, -> paths.
@@ -310,7 +506,9 @@ def imagenet_input(args):
         {'what': 'ImageNet validation pictures, one core', 'unit': 'images/s', 'ours': count / seconds['valid']}]
 
 
-PARTS = {part.__name__: part for part in (search_step, training_step, imagenet_input)}
+SIDES = {side.__name__: side for side in (our_search, torch_search, our_training, torch_training, operator_times, our_start,
+                                          edge_by_edge_start, our_waiting)}
+PARTS = {part.__name__: part for part in (start, search_step, training_step, cifar_input, imagenet_input, growth, launches)}
 
 
 def main():
@@ -319,6 +517,9 @@ def main():
     parser.add_argument('--rounds', type=utils.number(int, 1), default=7, help='timed calls of each (%(default)s)')
     parser.add_argument('--batch_size', type=utils.number(int, 2), nargs='+', default=[16, 64],
                         help='of the steps of the search (%(default)s)')
+    parser.add_argument('--compile', action='store_true',
+                        help='steps: try torch.compile too, which takes many minutes to compile a supernet')
+    parser.add_argument('--full', action='store_true', help='start: the size of the search edge by edge too (ten minutes)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument('--settings', type=json.loads, help=argparse.SUPPRESS)

@@ -15,10 +15,12 @@ import pytest
 import custom_ops
 import make_sample
 import reader
+from model_search import Supernet
 from parameters import Function, Store
 from runs import ROOT, run_well
 
-NAMES = ('x', 'depthwise', 'pointwise', 'direction')
+WEIGHTS = ('x', 'depthwise', 'pointwise', 'affine')
+NAMES = (*WEIGHTS, 'running', 'mask', 'direction')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -30,67 +32,106 @@ def available(compiled):
     custom_ops.enable(False)
 
 
-def with_paddle(x, depthwise, pointwise, stride, dilation):
-    """The same by Paddle's operators: the states copied for their edges, two convolutions."""
-    channels, kernel = pointwise.shape[1], depthwise.shape[2]
-    x = paddle.tile(F.relu(x), [1, depthwise.shape[0] // x.shape[1], 1, 1])
-    x = F.conv2d(x, depthwise, None, stride, dilation * (kernel // 2), dilation, depthwise.shape[0])
-    return F.conv2d(x, pointwise, None, groups=depthwise.shape[0] // channels)
+def with_paddle(x, depthwise, pointwise, affine, running, mask, stages, stride, dilation, training):
+    """conv_norm by Paddle's operators."""
+    kernel, channels = depthwise.shape[2], affine.shape[0] // (2 * stages)
+    moved = []
+    for stage in range(stages):
+        x = F.relu(x)
+        if kernel > 1:
+            x = F.conv2d(x, depthwise[stage * channels:(stage + 1) * channels], None, 1 if stage else stride,
+                         dilation * (kernel // 2), dilation, channels)
+        x = F.conv2d(x, pointwise[stage * channels:(stage + 1) * channels])
+        scale, shift = paddle.split(affine[2 * stage * channels:2 * (stage + 1) * channels], 2)
+        mean, variance = paddle.split(running[2 * stage * channels:2 * (stage + 1) * channels], 2)
+        x = F.batch_norm(x, mean, variance, scale, shift, training, momentum=0.9, epsilon=1e-5)
+        moved += [mean, variance]                                # written over while training
+    return x if mask is None else x * mask, paddle.concat(moved)
 
 
-def arrays(states, channels, copies, height, width, kernel, stride, count=3, dtype='float64', seed=0):
+def with_one_operator(*arguments):
+    return custom_ops.conv_norm(*arguments, epsilon=1e-5, momentum=0.9)
+
+
+def arrays(channels, height, width, kernel, stride, stages, c_in=None, count=3, dtype='float64', seed=0):
     rng = np.random.default_rng(seed)
-    edges = states * copies * channels
-    return dict(zip(NAMES, (rng.normal(size=shape).astype(dtype) for shape in (
-        (count, states * channels, height, width), (edges, 1, kernel, kernel), (edges, channels, 1, 1),
-        (count, edges, (height - 1) // stride + 1, (width - 1) // stride + 1)))))
+    c_in = c_in or channels
+    values = dict(zip(NAMES, (rng.normal(size=shape) for shape in (
+        (count, c_in, height, width), (stages * channels if kernel > 1 else 1, 1, kernel, kernel),
+        (stages * channels, c_in, 1, 1), (stages * 2 * channels,), (stages * 2 * channels,), (count, 1, 1, 1),
+        (count, channels, (height - 1) // stride + 1, (width - 1) // stride + 1)))))
+    values['running'] = np.abs(values['running'])                # variances are positive
+    return {name: array.astype(dtype) for name, array in values.items()}
 
 
-def outcome(function, values, stride, dilation):
-    """-> result and the gradients of x, depthwise and pointwise of sum(direction * result)."""
+def outcome(function, values, stages, stride, dilation, training=True, masked=True):
+    """-> result, moved running statistics, and the gradients of WEIGHTS of sum(direction * result)."""
     store = Store(paddle.CPUPlace(), str(values['x'].dtype))
 
     def build():
-        variables = [store.input(name, [None if name in ('x', 'direction') and k == 0 else size
-                                        for k, size in enumerate(values[name].shape)]) for name in NAMES]
-        for variable in variables[:3]:
-            variable.stop_gradient = False
-        result = function(*variables[:3], stride, dilation)
-        return [result, *paddle.static.gradients([paddle.sum(result * variables[3])], variables[:3])]
+        variables = {name: store.input(name, list(values[name].shape)) for name in NAMES}
+        for name in WEIGHTS:
+            variables[name].stop_gradient = False
+        # Paddle writes over what it is given.
+        arguments = dict(variables, running=paddle.assign(variables['running']), mask=variables['mask'] if masked else None)
+        direction = arguments.pop('direction')
+        result, moved = function(*arguments.values(), stages, stride, dilation, training)
+        wanted = [variables[name] for name in WEIGHTS if name != 'depthwise' or values[name].shape[2] > 1]
+        return [result, moved, *paddle.static.gradients([paddle.sum(result * direction)], wanted)]
     return Function(store, build)(**values)
 
 
-@pytest.mark.parametrize('states, channels, copies', [(2, 4, 3), (1, 6, 2), (3, 2, 1), (1, 5, 1)])
-@pytest.mark.parametrize('kernel, stride, dilation', [(3, 1, 1), (3, 2, 2), (5, 1, 2), (5, 2, 1), (7, 2, 1)])
-def test_result_and_gradients_are_those_of_paddle(states, channels, copies, kernel, stride, dilation):
+def compare(values, tolerance, *settings):
+    for ours, expected in zip(outcome(with_one_operator, values, *settings), outcome(with_paddle, values, *settings)):
+        assert ours.shape == expected.shape
+        assert np.abs(ours - expected).max() < tolerance * max(1.0, np.abs(expected).max()), (values['x'].shape, settings)
+
+
+@pytest.mark.parametrize('kernel, stride, dilation, stages', [
+    (1, 1, 1, 1), (3, 1, 1, 2), (3, 2, 1, 2), (3, 2, 2, 1), (5, 1, 2, 1), (5, 2, 1, 2), (7, 1, 1, 2), (7, 2, 1, 1)])
+def test_result_and_gradients_are_those_of_paddle(kernel, stride, dilation, stages):
     # Widths for every width of vector, with and without columns behind the end; heights that are no multiple of a tile.
-    for height, width in ((4, 4), (7, 5), (8, 8), (9, 14), (16, 16), (3, 33)):
-        values = arrays(states, channels, copies, height, width, kernel, stride)
-        for ours, expected in zip(outcome(custom_ops.separable_conv, values, stride, dilation),
-                                  outcome(with_paddle, values, stride, dilation)):
-            assert ours.shape == expected.shape
-            assert np.abs(ours - expected).max() < 1e-12 * np.abs(expected).max(), (height, width)
+    for number, (height, width) in enumerate(((4, 4), (7, 5), (8, 8), (9, 14), (16, 16), (3, 33))):
+        channels = (4, 6, 5)[number % 3]
+        values = arrays(channels, height, width, kernel, stride, stages, c_in=7 if kernel == 1 else channels)
+        compare(values, 1e-11, stages, stride, dilation, number % 4 != 3, number % 2 == 0)
 
 
 @pytest.mark.parametrize('size', [32, 8, 7])
 def test_single_precision_is_as_exact_as_it_can_be(size):
-    values = arrays(2, 16, 2, size, size, 5, 1, dtype='float32')
-    exact = outcome(with_paddle, {name: array.astype('float64') for name, array in values.items()}, 1, 1)
-    for ours, expected in zip(outcome(custom_ops.separable_conv, values, 1, 1), exact):
+    values = arrays(16, size, size, 5, 1, 2, dtype='float32')
+    exact = outcome(with_paddle, {name: array.astype('float64') for name, array in values.items()}, 2, 1, 1)
+    for ours, expected in zip(outcome(with_one_operator, values, 2, 1, 1), exact):
         assert ours.dtype == np.float32
-        assert np.abs(ours - expected).max() < 2e-6 * np.abs(expected).max()
+        assert np.abs(ours - expected).max() < 5e-6 * np.abs(expected).max()
+
+
+def test_the_cell_of_the_supernet_in_single_precision():
+    """At the size of the search, where float64 with the widest vectors is not what is used."""
+    batch = np.random.default_rng(1).normal(size=(3, 3, 32, 32)), np.arange(3)   # no ReLU on the edge, which would flip
+    ours = Supernet(channels=8, layers=3, seed=1)
+    found = ours.gradients(*batch)
+    with custom_ops.without():
+        exact = Supernet(channels=8, layers=3, seed=1, dtype='float64')
+        exact.set_weights(ours.weights())
+        exact.set_alphas(ours.alphas())
+        expected = exact.gradients(*batch)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    for name, gradient in {**expected.weights, **expected.alphas}.items():
+        difference = np.abs({**found.weights, **found.alphas}[name] - gradient).max()
+        assert difference < 2e-5 * max(1e-2, np.abs(gradient).max()), name
 
 
 def test_a_call_repeats_itself_to_the_bit():
-    values = arrays(2, 8, 2, 16, 16, 5, 1, count=7, dtype='float32')
-    first, second = (outcome(custom_ops.separable_conv, values, 1, 2) for _ in range(2))
+    values = arrays(8, 16, 16, 5, 1, 2, count=7, dtype='float32')
+    first, second = (outcome(with_one_operator, values, 2, 1, 1) for _ in range(2))
     assert all(np.array_equal(one, other) for one, other in zip(first, second))
 
 
 def test_a_nan_is_not_rectified_away():
-    values = arrays(1, 2, 1, 8, 8, 3, 1)
+    values = arrays(2, 8, 8, 3, 1, 1)
     values['x'][0, 0, 3, 3] = np.nan
-    result = outcome(custom_ops.separable_conv, values, 1, 1)[0]
+    result = outcome(with_one_operator, values, 1, 1, 1, False)[0]
     assert np.isnan(result[0, :, 2:5, 2:5]).all() and not np.isnan(result[1:]).any()
 
 
@@ -100,9 +141,8 @@ import numpy as np, utils, custom_ops, trainer, test_custom_ops as t
 trainer.start_log()
 print('on', custom_ops.enable())
 if custom_ops.enabled():
-    values = t.arrays(2, 4, 2, 16, 16, 5, 1, count=7)
-    for ours, expected in zip(t.outcome(custom_ops.separable_conv, values, 1, 1), t.outcome(t.with_paddle, values, 1, 1)):
-        assert np.abs(ours - expected).max() < 1e-12 * np.abs(expected).max()
+    t.compare(t.arrays(4, 16, 16, 5, 1, 2, count=7), 1e-11, 2, 1, 1)
+    t.test_the_cell_of_the_supernet_in_single_precision()
 '''
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
+import custom_ops
 import model
 import plain_discrete as plain
 import utils
@@ -76,10 +77,10 @@ def run_edge(kind, channels, stride, weights, x, direction, training):
     def build():
         layout.training = training
         theta = store.variable('theta', trainable=True)
-        layout.unpack(theta)
+        layout.unpack(theta, custom_ops.enabled())
         if layout.statistics.size:
-            layout.statistics.unpack(store.variable('statistics'))
-        output = build_operation(layout.blocks[0].tensor)
+            layout.statistics.unpack(store.variable('statistics'), custom_ops.enabled())
+        output = build_operation(layout.blocks[0].tensor, None)
         gradient, = paddle.static.gradients([paddle.sum(output * store.input('direction', direction.shape))], [theta])
         if layout.statistics.size and training:
             store.assign('statistics', layout.statistics.pack())

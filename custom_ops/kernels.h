@@ -1,0 +1,545 @@
+// What the operators of this folder are made of: planes of pictures, vectors along their rows, convolutions of them.
+// README.md in this folder explains the layout and the order of the loops.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "paddle/extension.h"
+
+// How many threads share out the images of a batch; set from outside (__init__.py), 0: as OpenMP is told.
+extern "C" int darts_threads;
+
+namespace {
+
+using paddle::Tensor;
+
+// L numbers side by side. The compiler maps them to whatever vector registers the machine has.
+template <typename T, int L>
+struct Vector {
+  typedef T type __attribute__((vector_size(L * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
+template <typename T, int L>
+inline typename Vector<T, L>::type load(const T* p) {
+  return *reinterpret_cast<const typename Vector<T, L>::type*>(p);
+}
+
+template <typename T, int L>
+inline void store(T* p, typename Vector<T, L>::type v) {
+  *reinterpret_cast<typename Vector<T, L>::type*>(p) = v;
+}
+
+// The sum of the numbers in a vector, by halves.
+template <typename T, int L>
+inline T sum(typename Vector<T, L>::type v) {
+  if constexpr (L == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Vector<T, L / 2>::type halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return sum<T, L / 2>(halves[0] + halves[1]);
+  }
+}
+
+inline int threads() { return darts_threads > 0 ? darts_threads : omp_get_max_threads(); }
+
+// The sums of L vectors side by side in one: in each of log2 L steps two vectors become one, and what is not yet added up
+// lies in runs of half the length.
+template <typename T, int L>
+struct Sums {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  typedef typename Vector<T, L>::type V;
+
+  template <int RUN>
+  static V pair(V a, V b) {
+    static const struct Places {
+      alignas(64) Index first[L], second[L];
+      Places() {
+        for (int i = 0; i < L; ++i) {
+          first[i] = i / RUN % 2 * L + i / (2 * RUN) * 2 * RUN + i % RUN;
+          second[i] = first[i] + RUN;
+        }
+      }
+    } places;
+    return pick(a, b, places.first) + pick(a, b, places.second);
+  }
+  static V pick(V a, V b, const Index* places) {
+#if defined(__GNUC__) && !defined(__clang__)
+    return __builtin_shuffle(a, b, *reinterpret_cast<const typename Vector<Index, L>::type*>(places));
+#else
+    V picked;
+    for (int i = 0; i < L; ++i) picked[i] = places[i] < L ? a[places[i]] : b[places[i] - L];
+    return picked;
+#endif
+  }
+  // COUNT vectors, whose numbers have been added up in runs of L / COUNT.
+  template <int COUNT>
+  static V of(const V* v) {
+    if constexpr (COUNT == 1) {
+      return v[0];
+    } else {
+      V halves[COUNT / 2];
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT / 2; ++i) halves[i] = pair<L / COUNT>(v[2 * i], v[2 * i + 1]);
+      return of<COUNT / 2>(halves);
+    }
+  }
+};
+
+// Room for the numbers of one thread, kept from call to call: fresh memory costs more than what is computed in it.
+template <typename T>
+class Scratch {
+ public:
+  Scratch() : next_(0) {}
+  // Reserves room for all that `take` will ask for.
+  void reserve(int64_t size) {
+    if (static_cast<int64_t>(room_.size()) < size) room_.resize(size);
+  }
+  T* take(int64_t size) {
+    T* start = room_.data() + next_;
+    next_ += size;
+    return start;
+  }
+
+ private:
+  static thread_local std::vector<T> room_;
+  int64_t next_;
+};
+template <typename T>
+thread_local std::vector<T> Scratch<T>::room_;
+
+// The distance between planes of `size` numbers: an odd number of cache lines, for planes that are a power of two apart
+// would compete for the same few places in the cache.
+template <typename T>
+inline int64_t apart(int64_t size) {
+  const int64_t line = 64 / sizeof(T);
+  return ((size + line - 1) / line | 1) * line;
+}
+
+// A plane [h, w] in scratch with a border of `padding`, read with a stride: [h + 2 p, stride, phase], column c at
+// [c % stride, c / stride], so that what a tap of a kernel sees along a row is contiguous whatever the stride. The
+// result of a convolution is a plane [out_h, out_row] with rows rounded up to the width L of a vector.
+struct Geometry {
+  int64_t h, w, stride, padding, out_h, out_w, out_row;
+  int64_t phase, row, plane;             // numbers in a phase of a row, in a row; from one padded plane to the next
+  int64_t size, step;                    // numbers in an output plane; from one output plane to the next
+
+  template <typename T>
+  static Geometry of(int64_t h, int64_t w, int64_t stride, int64_t padding, int64_t lanes) {
+    Geometry g;
+    g.h = h, g.w = w, g.stride = stride, g.padding = padding;
+    g.out_h = (h - 1) / stride + 1, g.out_w = (w - 1) / stride + 1;
+    g.out_row = (g.out_w + lanes - 1) / lanes * lanes;
+    g.phase = std::max(g.out_row + 2 * padding / stride + 1, (w + 2 * padding + stride - 1) / stride);
+    g.row = stride * g.phase;
+    g.plane = apart<T>(g.row * (h + 2 * padding));
+    g.size = g.out_h * g.out_row;
+    g.step = apart<T>(g.size);
+    return g;
+  }
+  // Where padded row r, column c stands.
+  int64_t at(int64_t r, int64_t c) const {
+    return stride == 1 ? r * row + c : r * row + c % stride * phase + c / stride;
+  }
+  // Rows and columns of an output plane, as one long row where nothing is rounded up.
+  int64_t rows() const { return out_row == out_w ? 1 : out_h; }
+  int64_t columns() const { return out_row == out_w ? size : out_w; }
+};
+
+// Where the K x K taps of a kernel of this dilation stand, from the padded place of the output's row and column on.
+template <int K>
+struct Taps {
+  int64_t at[K * K];
+  Taps(const Geometry& g, int64_t dilation) {
+    const int64_t first = g.padding - dilation * (K / 2);
+    for (int i = 0; i < K; ++i)
+      for (int j = 0; j < K; ++j) at[i * K + j] = g.at(first + i * dilation, first + j * dilation);
+  }
+};
+
+// Writes f(column) to the columns of row i of a padded plane.
+template <typename T, typename F>
+inline void fill_row(const Geometry& g, T* padded, int64_t i, F f) {
+  T* row = padded + (i + g.padding) * g.row;
+  if (g.stride == 1) {
+    T* to = row + g.padding;
+#pragma omp simd
+    for (int64_t j = 0; j < g.w; ++j) to[j] = f(j);
+  } else if (g.stride == 2 && g.padding % 2 == 0 && g.w % 2 == 0) {
+    T *even = row + g.padding / 2, *odd = even + g.phase;
+#pragma omp simd
+    for (int64_t j = 0; j < g.w / 2; ++j) {
+      even[j] = f(2 * j);
+      odd[j] = f(2 * j + 1);
+    }
+  } else {
+    for (int64_t j = 0; j < g.w; ++j) row[g.at(0, j + g.padding)] = f(j);
+  }
+}
+
+// x [h, w] -> relu(x), padded; the border of `padded` has to be 0 already.
+template <typename T>
+void pad(const Geometry& g, const T* x, T* padded) {
+  for (int64_t i = 0; i < g.h; ++i) {
+    const T* from = x + i * g.w;
+    fill_row(g, padded, i, [from](int64_t j) { return from[j] < 0 ? T(0) : from[j]; });      // a NaN stays one
+  }
+}
+
+// ROWS x COLUMNS vectors of the output at `out`: the correlation of a padded plane with a kernel.
+template <typename T, int L, int K, int ROWS, int COLUMNS, bool ADD>
+inline void correlate_tile(const T* in, int64_t in_row, const Taps<K>& taps, const T* weight, T* out, int64_t out_row) {
+  typename Vector<T, L>::type sums[ROWS][COLUMNS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = ADD ? load<T, L>(out + r * out_row + c * L) : typename Vector<T, L>::type{};
+  for (int k = 0; k < K * K; ++k) {
+    const T w = weight[k];
+    const T* from = in + taps.at[k];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] += w * load<T, L>(from + r * in_row + c * L);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_row + c * L, sums[r][c]);
+}
+
+// out [out_h, out_row] = (or +=) the correlation of a padded plane with a kernel, at every `g.stride`-th place.
+template <typename T, int L, int K, bool ADD>
+void correlate(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, T* out) {
+  const int64_t in_row = g.stride * g.row, row = g.out_row;
+  int64_t r = 0;
+  if (row % (2 * L) == 0) {
+    for (; r + 4 <= g.out_h; r += 4)
+      for (int64_t c = 0; c < row; c += 2 * L)
+        correlate_tile<T, L, K, 4, 2, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
+  } else {
+    for (; r + 8 <= g.out_h; r += 8)
+      for (int64_t c = 0; c < row; c += L)
+        correlate_tile<T, L, K, 8, 1, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
+  }
+  for (; r < g.out_h; ++r)
+    for (int64_t c = 0; c < row; c += L)
+      correlate_tile<T, L, K, 1, 1, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
+}
+
+// weight_gradient [K, K] += the correlation of a padded plane with the gradient of the output, TAPS of the kernel at a
+// time: as many sums as there are registers for.
+template <typename T, int L, int K, int TAPS>
+void correlate_weights(const Geometry& g, const T* padded, const Taps<K>& taps, const T* gradient, T* weight_gradient) {
+  for (int first = 0; first < K * K; first += TAPS) {
+    typename Vector<T, L>::type sums[TAPS];
+#pragma GCC unroll 32
+    for (int k = 0; k < TAPS; ++k) sums[k] = typename Vector<T, L>::type{};
+    for (int64_t r = 0; r < g.out_h; ++r) {
+      for (int64_t c = 0; c < g.out_row; c += L) {
+        const auto d = load<T, L>(gradient + r * g.out_row + c);
+        const T* from = padded + r * g.stride * g.row + c;
+#pragma GCC unroll 32
+        for (int k = 0; k < TAPS; ++k) sums[k] += d * load<T, L>(from + taps.at[first + k]);
+      }
+    }
+#pragma GCC unroll 32
+    for (int k = 0; k < TAPS; ++k) weight_gradient[first + k] += sum<T, L>(sums[k]);
+  }
+}
+
+// padded (a gradient laid out like the padded input) += the output's gradient, spread by the kernel. For strides > 1.
+template <typename T, int L, int K>
+void spread(const Geometry& g, const T* gradient, const Taps<K>& taps, const T* weight, T* padded) {
+  for (int64_t r = 0; r < g.out_h; ++r)
+    for (int k = 0; k < K * K; ++k) {
+      const T w = weight[k];
+      T* to = padded + r * g.stride * g.row + taps.at[k];
+      for (int64_t c = 0; c < g.out_row; c += L)
+        store<T, L>(to + c, load<T, L>(to + c) + w * load<T, L>(gradient + r * g.out_row + c));
+    }
+}
+
+// ROWS x COLUMNS vectors of out = a b: a [rows, inner] with steps between rows and columns, b [inner, size].
+template <typename T, int L, int ROWS, int COLUMNS>
+inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t inner, T* out,
+                          int64_t out_step) {
+  typename Vector<T, L>::type sums[ROWS][COLUMNS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = typename Vector<T, L>::type{};
+  for (int64_t k = 0; k < inner; ++k) {
+    typename Vector<T, L>::type columns[COLUMNS];
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = load<T, L>(b + k * b_step + c * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const T factor = a[r * a_row + k * a_column];
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] += factor * columns[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_step + c * L, sums[r][c]);
+}
+
+template <typename T, int L, int ROWS>
+void multiply_rows(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t inner, int64_t size,
+                   T* out, int64_t out_step) {
+  int64_t p = 0;
+  for (; p + 4 * L <= size; p += 4 * L)
+    multiply_tile<T, L, ROWS, 4>(a, a_row, a_column, b + p, b_step, inner, out + p, out_step);
+  for (; p < size; p += L) multiply_tile<T, L, ROWS, 1>(a, a_row, a_column, b + p, b_step, inner, out + p, out_step);
+}
+
+// Lanes for a product: planes of 8 x 8 are too narrow for the widest vectors, but 64 numbers in a row are not.
+template <typename T>
+constexpr int kMost = 64 / sizeof(T);
+
+// out [rows, size] = a [rows, inner] b [inner, size]; size is a multiple of L; *_step: from row to row.
+template <typename T, int L>
+void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows, int64_t inner,
+              int64_t size, T* out, int64_t out_step) {
+  if (L < kMost<T> && size % kMost<T> == 0)
+    return multiply<T, kMost<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    multiply_rows<T, L, 4>(a + r * a_row, a_row, a_column, b, b_step, inner, size, out + r * out_step, out_step);
+  for (; r < rows; ++r)
+    multiply_rows<T, L, 1>(a + r * a_row, a_row, a_column, b, b_step, inner, size, out + r * out_step, out_step);
+}
+
+template <typename T, int L, int ROWS, int COLUMNS>
+inline void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t size, T* out, int64_t out_row) {
+  typename Vector<T, L>::type sums[ROWS][COLUMNS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = typename Vector<T, L>::type{};
+  for (int64_t p = 0; p < size; p += L) {
+    typename Vector<T, L>::type columns[COLUMNS];
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = load<T, L>(b + c * b_step + p);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const auto row = load<T, L>(a + r * a_step + p);
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] += row * columns[c];
+    }
+  }
+  if constexpr (ROWS * COLUMNS % L == 0) {
+    T all[ROWS * COLUMNS];
+#pragma GCC unroll 4
+    for (int k = 0; k < ROWS * COLUMNS; k += L) store<T, L>(all + k, Sums<T, L>::template of<L>(&sums[0][0] + k));
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += all[r * COLUMNS + c];
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += sum<T, L>(sums[r][c]);
+}
+
+// out [rows, columns] += a [rows, size] b [columns, size]^T; size is a multiple of L.
+template <typename T, int L>
+void add_outer(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t rows, int64_t columns, int64_t size, T* out) {
+  if (L < kMost<T> && size % kMost<T> == 0)
+    return add_outer<T, kMost<T>>(a, a_step, b, b_step, rows, columns, size, out);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4)
+      outer_tile<T, L, 4, 4>(a + r * a_step, a_step, b + c * b_step, b_step, size, out + r * columns + c, columns);
+    for (; c < columns; ++c)
+      outer_tile<T, L, 4, 1>(a + r * a_step, a_step, b + c * b_step, b_step, size, out + r * columns + c, columns);
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      outer_tile<T, L, 1, 1>(a + r * a_step, a_step, b + c * b_step, b_step, size, out + r * columns + c, columns);
+}
+
+// A separable convolution of the C channels of one image for one edge: depthwise [C, K, K], then pointwise [C, C].
+template <typename T, int L, int K>
+struct Separable {
+  const Geometry& g;
+  Taps<K> taps;
+  int64_t channels;
+
+  Separable(const Geometry& g, int64_t dilation, int64_t channels) : g(g), taps(g, dilation), channels(channels) {}
+
+  // inner [C planes, g.step apart]: the depthwise results of the padded planes.
+  void depthwise(const T* padded, const T* weight, T* inner) const {
+    for (int64_t c = 0; c < channels; ++c)
+      correlate<T, L, K, false>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
+  }
+
+  // out [C planes, g.size apart]
+  void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const {
+    depthwise(padded, weight, inner);
+    multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size);
+  }
+
+  // gradient: of the output, [C planes, g.step apart], 0 in the columns behind out_w. Adds the gradients of the weights
+  // (unless these are null) and that of the padded input, which with stride 1 is [C planes, g.step apart] without
+  // padding and else laid out like the padded planes. turned: the depthwise kernels turned round; inner,
+  // inner_gradient: room for C planes g.step apart; bordered: a padded plane with a border of 0.
+  void backward(const T* padded, const T* weight, const T* turned, const T* pointwise, const T* gradient, T* inner,
+                T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient, T* in_gradient) const {
+    if (weight_gradient) {
+      depthwise(padded, weight, inner);
+      add_outer<T, L>(gradient, g.step, inner, g.step, channels, channels, g.size, pointwise_gradient);
+    }
+    multiply<T, L>(pointwise, 1, channels, gradient, g.step, channels, channels, g.size, inner_gradient, g.step);
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* one = inner_gradient + c * g.step;
+      if (weight_gradient)
+        correlate_weights<T, L, K, (K > 5 ? K : K * K)>(g, padded + c * g.plane, taps, one, weight_gradient + c * K * K);
+      if (g.stride == 1) {
+        for (int64_t r = 0; r < g.out_h; ++r)
+          std::memcpy(bordered + (r + g.padding) * g.row + g.padding, one + r * g.out_row, g.out_w * sizeof(T));
+        correlate<T, L, K, true>(g, bordered, taps, turned + c * K * K, in_gradient + c * g.step);
+      } else {
+        spread<T, L, K>(g, one, taps, weight + c * K * K, in_gradient + c * g.plane);
+      }
+    }
+  }
+};
+
+// Mean and sum of squared deviations of the numbers of a plane.
+template <typename T>
+void take_moments(const Geometry& g, const T* plane, double* moments) {
+  T total = 0, squares = 0;
+  for (int64_t i = 0; i < g.rows(); ++i)
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < g.columns(); ++j) total += plane[i * g.out_row + j];
+  const T mean = total / (g.out_h * g.out_w);
+  for (int64_t i = 0; i < g.rows(); ++i)
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < g.columns(); ++j) {
+      const T deviation = plane[i * g.out_row + j] - mean;
+      squares += deviation * deviation;
+    }
+  moments[0] = mean, moments[1] = squares;
+}
+
+// The moments of n planes of `size` numbers, `step` apart -> those of all of them, as mean and variance.
+inline void combine_moments(const double* moments, int64_t n, int64_t step, double size, double* mean, double* variance) {
+  double squares = 0;
+  *mean = 0;
+  for (int64_t k = 0; k < n; ++k) *mean += moments[k * step] / n;
+  for (int64_t k = 0; k < n; ++k) {
+    const double deviation = moments[k * step] - *mean;
+    squares += moments[k * step + 1] + size * deviation * deviation;
+  }
+  *variance = squares / (size * n);
+}
+
+// to = factor (d - d_mean - (y - mean) slope): back through a normalisation. With d the gradient behind it, d_mean its
+// mean, slope = rstd^2 times the mean of d (y - mean), and factor the scale times rstd.
+template <typename T>
+void differentiate(const Geometry& g, const T* d, const T* y, T factor, T d_mean, T mean, T slope, T* to) {
+  for (int64_t i = 0; i < g.rows(); ++i)
+#pragma omp simd
+    for (int64_t j = 0; j < g.columns(); ++j) {
+      const int64_t p = i * g.out_row + j;
+      to[p] = factor * (d[p] - d_mean - (y[p] - mean) * slope);
+    }
+}
+
+// relu(factor (y - mean) + shift), padded: what comes into the second half of a separable convolution.
+template <typename T>
+void normalise(const Geometry& g, const T* y, int64_t y_row, T factor, T mean, T shift, T* padded) {
+  for (int64_t i = 0; i < g.h; ++i) {
+    const T* from = y + i * y_row;
+    fill_row(g, padded, i, [=](int64_t j) {
+      const T value = factor * (from[j] - mean) + shift;
+      return value < 0 ? T(0) : value;
+    });
+  }
+}
+
+// The sums of d and of d (y - mean); d is 0 in the columns behind the end.
+template <typename T>
+void add_up(const Geometry& g, const T* d, const T* y, T mean, double* sums) {
+  T total = 0, dot = 0;
+#pragma omp simd reduction(+ : total, dot)
+  for (int64_t p = 0; p < g.size; ++p) total += d[p], dot += d[p] * (y[p] - mean);
+  sums[0] = total, sums[1] = dot;
+}
+
+// A gradient in front of a ReLU. By value: the compiler would not vectorise a conditional read.
+template <typename T>
+inline T passed(T value, T gradient) {
+  return value > 0 ? gradient : T(0);
+}
+
+// to = the gradient d in front of relu(factor (y - mean) + shift), 0 in the columns behind the end; and the sums of `to`
+// and of to (y - mean). Written with vectors: the compiler makes a branch of it.
+template <typename T, int L>
+void through_normalised_relu(const Geometry& g, const T* y, T factor, T mean, T shift, const T* d, T* to, double* sums) {
+  typename Vector<T, L>::type total{}, dot{}, nothing{};
+  for (int64_t p = 0; p < g.size; p += L) {
+    const auto centred = load<T, L>(y + p) - mean;
+    const auto one = factor * centred + shift > nothing ? load<T, L>(d + p) : nothing;
+    store<T, L>(to + p, one);
+    if (g.out_row == g.out_w) total += one, dot += one * centred;
+  }
+  sums[0] = sum<T, L>(total), sums[1] = sum<T, L>(dot);
+  if (g.out_row == g.out_w) return;
+  for (int64_t i = 0; i < g.out_h; ++i) std::fill(to + i * g.out_row + g.out_w, to + (i + 1) * g.out_row, T(0));
+  add_up(g, to, y, mean, sums);
+}
+
+// to [h, w] = the gradient of x behind the ReLU: `gradient` is laid out like an output plane (stride 1) or padded.
+template <typename T>
+void through_relu(const Geometry& g, const T* x, const T* gradient, T* to) {
+  for (int64_t i = 0; i < g.h; ++i) {
+    const T* value = x + i * g.w;
+    if (g.stride == 1) {
+      const T* from = gradient + i * g.out_row;
+#pragma omp simd
+      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] = passed(value[j], from[j]);
+    } else {
+      const T* from = gradient + (i + g.padding) * g.row;
+      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] = passed(value[j], from[g.at(0, j + g.padding)]);
+    }
+  }
+}
+
+// [n, K, K] -> every kernel turned round, with which the gradient of a correlation is one.
+template <typename T>
+std::vector<T> turn_round(const T* kernels, int64_t n, int64_t taps) {
+  std::vector<T> turned(kernels, kernels + n * taps);
+  for (int64_t k = 0; k < n; ++k) std::reverse(turned.begin() + k * taps, turned.begin() + (k + 1) * taps);
+  return turned;
+}
+
+// The width of the vectors that suits rows of out_w numbers.
+template <typename T>
+int lanes_for(int64_t out_w) {
+  int lanes = kMost<T>;
+  while (lanes > 4 && out_w <= lanes / 2) lanes /= 2;
+  return lanes;
+}
+
+// Calls f(std::integral_constant<int, L>) with the width of the vectors for rows of out_w numbers.
+template <typename T, typename F>
+void with_lanes(int64_t out_w, F f) {
+  switch (lanes_for<T>(out_w)) {
+    case 16: f(std::integral_constant<int, kMost<T>>()); break;        // in single precision
+    case 8: f(std::integral_constant<int, 8>()); break;
+    default: f(std::integral_constant<int, 4>());
+  }
+}
+
+}  // namespace

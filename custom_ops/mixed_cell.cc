@@ -1,0 +1,708 @@
+// All mixed operations of a cell of the supernet as one operator for the CPU: both inputs in, the four nodes out.
+// README.md in this folder explains the layout and the order of the loops.
+#include "kernels.h"
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+namespace {
+
+constexpr int kNodes = 4, kEdges = 14, kStates = 5, kGroups = 4, kPrimitives = 8;
+// The columns of alpha, as genotypes.PRIMITIVES has them.
+enum Primitive { kNone, kMaxPool, kAvgPool, kSkip, kSep3, kSep5, kDil3, kDil5 };
+// The convolutions of an edge, in the order in which their pointwise weights lie.
+enum Convolution { kSep3First, kSep3Second, kSep5First, kSep5Second, kDil3Only, kDil5Only, kConvolutions };
+// What ends in a batch normalisation that alpha scales; kSkipDot is the identity where there is none.
+enum Dot { kSep3Dot, kSep5Dot, kDil3Dot, kDil5Dot, kMaxDot, kAvgDot, kSkipDot, kDots };
+constexpr int kLast[4] = {kSep3Second, kSep5Second, kDil3Only, kDil5Only};
+constexpr int kPrimitiveOf[kDots] = {kSep3, kSep5, kDil3, kDil5, kMaxPool, kAvgPool, kSkip};
+
+struct Edge {
+  int state, node, number, position, local, group;       // number: in alpha; position: in the order of the weights
+};
+// The states whose edges are computed together, as STATE_GROUPS in model_search.py.
+struct Group {
+  int first_state, states, first_edge, edges;
+};
+constexpr Group kGroup[kGroups] = {{0, 2, 0, 8}, {2, 1, 8, 3}, {3, 1, 11, 2}, {4, 1, 13, 1}};
+
+// The edges of all groups, ordered by node, then by state, within each.
+std::array<Edge, kEdges> make_edges() {
+  std::array<Edge, kEdges> edges;
+  int position = 0;
+  for (int g = 0; g < kGroups; ++g) {
+    const int last = kGroup[g].first_state + kGroup[g].states - 1;
+    for (int node = std::max(0, last - 1); node < kNodes; ++node)
+      for (int s = kGroup[g].first_state; s <= last; ++s, ++position)
+        edges[position] = {s, node, node * (node + 3) / 2 + s, position, position - kGroup[g].first_edge, g};
+  }
+  return edges;
+}
+const std::array<Edge, kEdges> kEdge = make_edges();
+
+template <typename T, int L>
+class MixedCell {
+ public:
+  MixedCell(const Tensor& x, const Tensor& pointwise, bool reduction, double epsilon)
+      : n_(x.shape()[0]), c_(pointwise.shape()[1]), reduction_(reduction), epsilon_(epsilon),
+        inputs_(Geometry::of<T>(x.shape()[2], x.shape()[3], reduction ? 2 : 1, 4, L)),
+        nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 4, L)),
+        second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 2, L)),
+        size_(nodes_.size), count_(n_ * nodes_.h * nodes_.w), inverse_counts_(size_, 0) {
+    for (int64_t i = 0; i < nodes_.h; ++i)
+      for (int64_t j = 0; j < nodes_.w; ++j) {
+        const int64_t s = inputs_.stride;            // windows of later states have the same counts where it is 1
+        inverse_counts_[i * nodes_.out_row + j] = T(1) / (inside(i, s, inputs_.h) * inside(j, s, inputs_.w));
+      }
+    if (reduction)
+      for (int64_t i = 0; i < nodes_.h; ++i)
+        for (int64_t j = 0; j < nodes_.w; ++j)
+          node_inverse_counts_.push_back(T(1) / (inside(i, 1, nodes_.h) * inside(j, 1, nodes_.w)));
+  }
+
+  // Planes of one image in `saved`: the results of all convolutions before their BN, then the pools'.
+  static int64_t planes(int64_t channels, bool reduction) {
+    return (kEdges * kConvolutions + (reduction ? kGroup[0].edges : 0) + 2 * kStates) * channels;
+  }
+  static int64_t plane_size(int64_t out_h, int64_t out_w) { return out_h * ((out_w + L - 1) / L * L); }
+
+  void forward(const T* x, const T* depthwise3, const T* depthwise5, const T* pointwise, const T* mixing, T* out, T* saved,
+               T* statistics) {
+    const int64_t rows = planes(c_, reduction_);
+    std::vector<double> moments(n_ * rows * 2);
+#pragma omp parallel num_threads(threads())
+    {
+      Scratch<T> scratch;
+      scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pool_room() + size_);
+      T *from_inputs = zeros(scratch, c_ * inputs_.plane), *from_nodes = zeros(scratch, c_ * nodes_.plane);
+      T *between = zeros(scratch, c_ * second_.plane), *inner = scratch.take(c_ * nodes_.step);
+      T *total = scratch.take(size_), *bordered = scratch.take(pool_room());
+      for (int g = 0; g < kGroups; ++g) {
+        const Group& group = kGroup[g];
+        const Geometry& geometry = g == 0 ? inputs_ : nodes_;
+        T* padded = g == 0 ? from_inputs : from_nodes;
+        const Separable<T, L, 3> sep3(geometry, 1, c_), dil3(geometry, 2, c_), sep3_second(second_, 1, c_);
+        const Separable<T, L, 5> sep5(geometry, 1, c_), dil5(geometry, 2, c_), sep5_second(second_, 1, c_);
+        // What stands before the first normalisation of every edge.
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          T* image = saved + n * rows * size_;
+          double* image_moments = moments.data() + n * rows * 2;
+          for (int s = group.first_state; s < group.first_state + group.states; ++s) {
+            const T* state = state_of(x, out, n, s);
+            for (int64_t c = 0; c < c_; ++c) {
+              pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
+              T* max = image + (pool_row(s, 0) + c) * size_;
+              T* mean = image + (pool_row(s, 1) + c) * size_;
+              pool(geometry, state + c * geometry.h * geometry.w, bordered, max, mean);
+            }
+            for (int which = 0; which < 2; ++which) take_all_moments(image, image_moments, pool_row(s, which));
+            for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
+              const Edge& edge = kEdge[e];
+              if (edge.state != s) continue;
+              const auto result = [&](int k) { return image + row(edge, k) * size_; };
+              const auto product = [&](int k) { return pointwise + pointwise_at(edge, k); };
+              sep3.forward(padded, depthwise3 + depthwise_at(edge, 0, 9), product(kSep3First), inner, result(kSep3First));
+              sep5.forward(padded, depthwise5 + depthwise_at(edge, 0, 25), product(kSep5First), inner, result(kSep5First));
+              dil3.forward(padded, depthwise3 + depthwise_at(edge, 2, 9), product(kDil3Only), inner, result(kDil3Only));
+              dil5.forward(padded, depthwise5 + depthwise_at(edge, 2, 25), product(kDil5Only), inner, result(kDil5Only));
+              for (int k : {kSep3First, kSep5First, kDil3Only, kDil5Only}) take_all_moments(image, image_moments, row(edge, k));
+              if (reduction_ && g == 0) {
+                for (int half = 0; half < 2; ++half) {
+                  gather(geometry, padded, half, inner);
+                  multiply<T, L>(pointwise + factorized_at(edge, half), c_, 1, inner, nodes_.step, c_ / 2, c_, size_,
+                                 image + (factorized_row(edge) + half * c_ / 2) * size_, size_);
+                }
+                take_all_moments(image, image_moments, factorized_row(edge));
+              }
+            }
+          }
+        }
+        for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
+          for (int k : {kSep3First, kSep5First, kDil3Only, kDil5Only})
+            combine(moments, rows, row(kEdge[e], k), statistics);
+          if (reduction_ && g == 0) combine(moments, rows, factorized_row(kEdge[e]), statistics);
+        }
+        for (int s = group.first_state; s < group.first_state + group.states; ++s)
+          for (int which = 0; which < 2; ++which) combine(moments, rows, pool_row(s, which), statistics);
+#pragma omp barrier
+        // The second halves of the separable convolutions.
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          T* image = saved + n * rows * size_;
+          double* image_moments = moments.data() + n * rows * 2;
+          for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
+            const Edge& edge = kEdge[e];
+            normalise_all(image, statistics, row(edge, kSep3First), between);
+            sep3_second.forward(between, depthwise3 + depthwise_at(edge, 1, 9), pointwise + pointwise_at(edge, kSep3Second),
+                                inner, image + row(edge, kSep3Second) * size_);
+            normalise_all(image, statistics, row(edge, kSep5First), between);
+            sep5_second.forward(between, depthwise5 + depthwise_at(edge, 1, 25), pointwise + pointwise_at(edge, kSep5Second),
+                                inner, image + row(edge, kSep5Second) * size_);
+            for (int k : {kSep3Second, kSep5Second}) take_all_moments(image, image_moments, row(edge, k));
+          }
+        }
+        for (int e = group.first_edge; e < group.first_edge + group.edges; ++e)
+          for (int k : {kSep3Second, kSep5Second}) combine(moments, rows, row(kEdge[e], k), statistics);
+#pragma omp barrier
+        // The nodes get what comes from this group.
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          const T* image = saved + n * rows * size_;
+          for (int node = kEdge[group.first_edge].node; node < kNodes; ++node)
+            for (int64_t c = 0; c < c_; ++c) {
+              T* to = out + ((n * kNodes + node) * c_ + c) * nodes_.h * nodes_.w;
+              if (g == 0) std::fill(total, total + size_, T(0));
+              else spread_rows(to, total);
+              for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
+                const Edge& edge = kEdge[e];
+                if (edge.node != node) continue;
+                for (int dot = 0; dot < kDots; ++dot) {
+                  const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[dot]];
+                  const int64_t at = dot_row(edge, dot);
+                  if (at < 0) {                                           // the identity
+                    const T* state = state_of(x, out, n, edge.state) + c * nodes_.h * nodes_.w;
+                    for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd
+                      for (int64_t j = 0; j < nodes_.columns(); ++j)
+                        total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
+                    continue;
+                  }
+                  const T mean = statistics[(at + c) * 2], factor = weight * statistics[(at + c) * 2 + 1];
+                  const T* from = image + (at + c) * size_;
+#pragma omp simd
+                  for (int64_t p = 0; p < size_; ++p) total[p] += factor * (from[p] - mean);
+                }
+              }
+              gather_rows(total, to);
+            }
+        }
+      }
+    }
+  }
+
+  // weight_gradients: whether those of the weights are wanted; they stay untouched if not.
+  void backward(const T* x, const T* depthwise3, const T* depthwise5, const T* pointwise, const T* mixing, const T* out,
+                const T* saved, const T* statistics, const T* out_gradient, bool weight_gradients, T* x_gradient,
+                T* depthwise3_gradient, T* depthwise5_gradient, T* pointwise_gradient, T* mixing_gradient) {
+    const int64_t rows = planes(c_, reduction_), c4 = kNodes * c_;
+    const int64_t size3 = kEdges * 3 * c_ * 9, size5 = kEdges * 3 * c_ * 25, size1 = pointwise_at_end();
+    const std::vector<T> turned3 = turn_round(depthwise3, kEdges * 3 * c_, 9);
+    const std::vector<T> turned5 = turn_round(depthwise5, kEdges * 3 * c_, 25);
+    // Each thread sums the gradients of the weights over its images; the sums are added in order, so that a run repeats
+    // itself.
+    std::vector<std::vector<T>> partial(threads());
+    std::unique_ptr<T[]> gradient(new T[n_ * c4 * size_]);                     // of the nodes, complete when they are used
+    std::unique_ptr<T[]> first_gradient(new T[n_ * kGroup[0].edges * 2 * c_ * size_]);       // behind the first ReLU
+    std::vector<double> sums(n_ * c4), dots(n_ * kEdges * kDots * c_), first_sums(n_ * kEdges * 2 * c_ * 2);
+    std::vector<T> mean_gradient(c4), slope(kEdges * kDots * c_), first_mean(kEdges * 2 * c_), first_slope(kEdges * 2 * c_);
+    std::vector<double> total_dot(kEdges * kDots * c_);
+#pragma omp parallel num_threads(threads())
+    {
+      auto& weights = partial[omp_get_thread_num()];
+      if (weight_gradients) weights.assign(size3 + size5 + size1, 0);
+      T* const gradient3 = weight_gradients ? weights.data() : nullptr;
+      T* const gradient5 = weight_gradients ? gradient3 + size3 : nullptr;
+      T* const gradient1 = weight_gradients ? gradient5 + size5 : nullptr;
+      const auto at = [](T* base, int64_t offset) { return base ? base + offset : nullptr; };
+      const int64_t in_size = c_ * std::max(inputs_.stride == 1 ? inputs_.step : inputs_.plane, nodes_.step);
+      const int64_t in_plane = std::max(inputs_.h * inputs_.w, size_);
+      Scratch<T> scratch;
+      scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + 3 * nodes_.step) + in_size + inputs_.plane +
+                      nodes_.plane + second_.plane + 2 * pool_room() + 3 * size_ + in_plane);
+      T *from_inputs = zeros(scratch, c_ * inputs_.plane), *from_nodes = zeros(scratch, c_ * nodes_.plane);
+      T *between = zeros(scratch, c_ * second_.plane);
+      T *inner = scratch.take(c_ * nodes_.step), *inner_gradient = scratch.take(c_ * nodes_.step);
+      T *convolved = zeros(scratch, c_ * nodes_.step), *in_gradient = scratch.take(in_size);
+      T *inputs_bordered = zeros(scratch, inputs_.plane), *nodes_bordered = zeros(scratch, nodes_.plane);
+      T *second_bordered = zeros(scratch, second_.plane), *bordered = scratch.take(pool_room());
+      T *bordered_gradient = scratch.take(pool_room()), *max_gradient = scratch.take(size_);
+      T *mean_pool_gradient = scratch.take(size_), *open = scratch.take(size_), *raw = scratch.take(in_plane);
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < n_ * c4; ++k) spread_rows(out_gradient + k * nodes_.h * nodes_.w, gradient.get() + k * size_);
+
+      for (int g = kGroups - 1; g >= 0; --g) {
+        const Group& group = kGroup[g];
+        const Geometry& geometry = g == 0 ? inputs_ : nodes_;
+        T* padded = g == 0 ? from_inputs : from_nodes;
+        T* conv_bordered = g == 0 ? inputs_bordered : nodes_bordered;
+        const int first_node = kEdge[group.first_edge].node, end_edge = group.first_edge + group.edges;
+        const Separable<T, L, 3> sep3(geometry, 1, c_), dil3(geometry, 2, c_), sep3_second(second_, 1, c_);
+        const Separable<T, L, 5> sep5(geometry, 1, c_), dil5(geometry, 2, c_), sep5_second(second_, 1, c_);
+        // For every normalisation at the end of an operation: the sums of its gradient d and of d (y - mean).
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          const T* image = saved + n * rows * size_;
+          for (int64_t k = first_node * c_; k < c4; ++k) {
+            const T* d = gradient.get() + (n * c4 + k) * size_;
+            T total = 0;
+#pragma omp simd reduction(+ : total)
+            for (int64_t p = 0; p < size_; ++p) total += d[p];
+            sums[n * c4 + k] = total;
+          }
+          for (int e = group.first_edge; e < end_edge; ++e)
+            for (int dot = 0; dot < kDots; ++dot)
+              for (int64_t c = 0; c < c_; ++c) {
+                const Edge& edge = kEdge[e];
+                const T* d = gradient.get() + (n * c4 + edge.node * c_ + c) * size_;
+                const int64_t from = dot_row(edge, dot);
+                T total = 0;
+                if (from < 0) {
+                  const T* state = state_of(x, out, n, edge.state) + c * nodes_.h * nodes_.w;
+                  for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd reduction(+ : total)
+                    for (int64_t j = 0; j < nodes_.columns(); ++j) total += d[i * nodes_.out_row + j] * state[i * nodes_.w + j];
+                } else {
+                  const T* y = image + (from + c) * size_;
+                  const T mean = statistics[(from + c) * 2];
+#pragma omp simd reduction(+ : total)
+                  for (int64_t p = 0; p < size_; ++p) total += d[p] * (y[p] - mean);
+                }
+                dots[((n * kEdges + e) * kDots + dot) * c_ + c] = total;
+              }
+        }
+#pragma omp single
+        {
+          for (int64_t k = first_node * c_; k < c4; ++k) {
+            double total = 0;
+            for (int64_t n = 0; n < n_; ++n) total += sums[n * c4 + k];
+            mean_gradient[k] = total / count_;
+          }
+          for (int e = group.first_edge; e < end_edge; ++e)
+            for (int dot = 0; dot < kDots; ++dot) {
+              double alpha = 0;
+              for (int64_t c = 0; c < c_; ++c) {
+                const int64_t k = (e * kDots + dot) * c_ + c, from = dot_row(kEdge[e], dot);
+                double total = 0;
+                for (int64_t n = 0; n < n_; ++n) total += dots[n * kEdges * kDots * c_ + k];
+                total_dot[k] = total;
+                const double rstd = from < 0 ? 1 : statistics[(from + c) * 2 + 1];
+                slope[k] = rstd * rstd * total / count_;
+                alpha += rstd * total;
+              }
+              mixing_gradient[kEdge[e].number * kPrimitives + kPrimitiveOf[dot]] = alpha;
+            }
+        }
+        // The gradient in front of the normalisation that ends an operation.
+        const auto gradient_of = [&](int64_t n, const Edge& edge, int dot, T* to) {
+          const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[dot]];
+          for (int64_t c = 0; c < c_; ++c) {
+            const int64_t from = dot_row(edge, dot) + c;
+            differentiate(nodes_, gradient.get() + (n * c4 + edge.node * c_ + c) * size_, saved + (n * rows + from) * size_,
+                          weight * statistics[from * 2 + 1], mean_gradient[edge.node * c_ + c], statistics[from * 2],
+                          slope[(edge.position * kDots + dot) * c_ + c], to + c * nodes_.step);
+          }
+        };
+        // Back through the second halves of the separable convolutions.
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          const T* image = saved + n * rows * size_;
+          for (int e = group.first_edge; e < end_edge; ++e) {
+            const Edge& edge = kEdge[e];
+            for (int which = 0; which < 2; ++which) {
+              const int64_t first = row(edge, which ? kSep5First : kSep3First);
+              gradient_of(n, edge, which ? kSep5Dot : kSep3Dot, convolved);
+              normalise_all(image, statistics, first, between);
+              std::fill(in_gradient, in_gradient + c_ * nodes_.step, T(0));
+              const int64_t product = pointwise_at(edge, which ? kSep5Second : kSep3Second);
+              if (which) {
+                const int64_t k = depthwise_at(edge, 1, 25);
+                sep5_second.backward(between, depthwise5 + k, turned5.data() + k, pointwise + product, convolved, inner,
+                                     inner_gradient, second_bordered, at(gradient5, k), at(gradient1, product), in_gradient);
+              } else {
+                const int64_t k = depthwise_at(edge, 1, 9);
+                sep3_second.backward(between, depthwise3 + k, turned3.data() + k, pointwise + product, convolved, inner,
+                                     inner_gradient, second_bordered, at(gradient3, k), at(gradient1, product), in_gradient);
+              }
+              for (int64_t c = 0; c < c_; ++c) {
+                through_normalised_relu<T, L>(
+                    nodes_, image + (first + c) * size_, T(1), statistics[(first + c) * 2], T(0), in_gradient + c * nodes_.step,
+                    first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
+                    first_sums.data() + (((n * kEdges + e) * 2 + which) * c_ + c) * 2);
+              }
+            }
+          }
+        }
+#pragma omp for schedule(static)
+        for (int64_t k = group.first_edge * 2 * c_; k < end_edge * 2 * c_; ++k) {
+          const Edge& edge = kEdge[k / (2 * c_)];
+          double total = 0, dot = 0;
+          for (int64_t n = 0; n < n_; ++n) {
+            total += first_sums[(n * kEdges * 2 * c_ + k) * 2];
+            dot += first_sums[(n * kEdges * 2 * c_ + k) * 2 + 1];
+          }
+          const double rstd = statistics[(row(edge, k / c_ % 2 ? kSep5First : kSep3First) + k % c_) * 2 + 1];
+          first_mean[k] = total / count_, first_slope[k] = rstd * rstd * dot / count_;
+        }
+        const auto first_gradient_of = [&](int64_t n, const Edge& edge, int which, T* to) {
+          for (int64_t c = 0; c < c_; ++c) {
+            const int64_t from = row(edge, which ? kSep5First : kSep3First) + c, k = (edge.position * 2 + which) * c_ + c;
+            differentiate(nodes_, first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
+                          saved + (n * rows + from) * size_, statistics[from * 2 + 1], first_mean[k], statistics[from * 2],
+                          first_slope[k], to + c * nodes_.step);
+          }
+        };
+        // Back to the states.
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          const T* image = saved + n * rows * size_;
+          for (int s = group.first_state; s < group.first_state + group.states; ++s) {
+            const T* state = state_of(x, out, n, s);
+            const int64_t in_step = geometry.stride == 1 ? geometry.step : geometry.plane;
+            for (int64_t c = 0; c < c_; ++c)
+              pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
+            std::fill(in_gradient, in_gradient + c_ * in_step, T(0));
+            for (int e = group.first_edge; e < end_edge; ++e) {
+              const Edge& edge = kEdge[e];
+              if (edge.state != s) continue;
+              const auto back3 = [&](const Separable<T, L, 3>& convolution, int kind, int k) {
+                const int64_t kernel = depthwise_at(edge, kind, 9), product = pointwise_at(edge, k);
+                convolution.backward(padded, depthwise3 + kernel, turned3.data() + kernel, pointwise + product, convolved,
+                                     inner, inner_gradient, conv_bordered, at(gradient3, kernel), at(gradient1, product),
+                                     in_gradient);
+              };
+              const auto back5 = [&](const Separable<T, L, 5>& convolution, int kind, int k) {
+                const int64_t kernel = depthwise_at(edge, kind, 25), product = pointwise_at(edge, k);
+                convolution.backward(padded, depthwise5 + kernel, turned5.data() + kernel, pointwise + product, convolved,
+                                     inner, inner_gradient, conv_bordered, at(gradient5, kernel), at(gradient1, product),
+                                     in_gradient);
+              };
+              first_gradient_of(n, edge, 0, convolved);
+              back3(sep3, 0, kSep3First);
+              first_gradient_of(n, edge, 1, convolved);
+              back5(sep5, 0, kSep5First);
+              gradient_of(n, edge, kDil3Dot, convolved);
+              back3(dil3, 2, kDil3Only);
+              gradient_of(n, edge, kDil5Dot, convolved);
+              back5(dil5, 2, kDil5Only);
+              if (reduction_ && g == 0) {
+                gradient_of(n, edge, kSkipDot, convolved);
+                for (int half = 0; half < 2; ++half) {
+                  const int64_t k = factorized_at(edge, half);
+                  const T* d = convolved + half * (c_ / 2) * nodes_.step;
+                  if (weight_gradients) {
+                    gather(geometry, padded, half, inner);
+                    add_outer<T, L>(d, nodes_.step, inner, nodes_.step, c_ / 2, c_, size_, gradient1 + k);
+                  }
+                  multiply<T, L>(pointwise + k, 1, c_, d, nodes_.step, c_, c_ / 2, size_, inner_gradient, nodes_.step);
+                  scatter(geometry, inner_gradient, half, in_gradient);
+                }
+              }
+            }
+            for (int64_t c = 0; c < c_; ++c) {
+              const T* plane = state + c * geometry.h * geometry.w;
+              std::fill(raw, raw + geometry.h * geometry.w, T(0));
+              pool_gradient(n, s, kMaxDot, c, group, mixing, gradient.get(), image, statistics, mean_gradient, total_dot,
+                            max_gradient);
+              pool_gradient(n, s, kAvgDot, c, group, mixing, gradient.get(), image, statistics, mean_gradient, total_dot,
+                            mean_pool_gradient);
+              pool_back(geometry, plane, image + (pool_row(s, 0) + c) * size_, max_gradient, mean_pool_gradient, bordered,
+                        bordered_gradient, open, raw);
+              if (geometry.stride == 1)
+                for (int e = group.first_edge; e < end_edge; ++e) {
+                  const Edge& edge = kEdge[e];
+                  if (edge.state != s) continue;
+                  const T weight = mixing[edge.number * kPrimitives + kSkip];
+                  const T* d = gradient.get() + (n * c4 + edge.node * c_ + c) * size_;
+                  for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd
+                    for (int64_t j = 0; j < nodes_.columns(); ++j) raw[i * nodes_.w + j] += weight * d[i * nodes_.out_row + j];
+                }
+              // Behind the ReLU of the convolutions, and what does not go through it.
+              for (int64_t i = 0; i < geometry.h; ++i) {
+                const T *value = plane + i * geometry.w, *direct = raw + i * geometry.w;
+                T* to = s < 2 ? x_gradient + (((n * 2 + s) * c_ + c) * geometry.h + i) * geometry.w
+                              : gradient.get() + (n * c4 + (s - 2) * c_ + c) * size_ + i * nodes_.out_row;
+                if (geometry.stride == 1) {
+                  const T* rectified = in_gradient + c * in_step + i * geometry.out_row;
+                  if (s < 2) {
+#pragma omp simd
+                    for (int64_t j = 0; j < geometry.w; ++j) to[j] = direct[j] + passed(value[j], rectified[j]);
+                  } else {
+#pragma omp simd
+                    for (int64_t j = 0; j < geometry.w; ++j) to[j] += direct[j] + passed(value[j], rectified[j]);
+                  }
+                } else {
+                  const T* rectified = in_gradient + c * in_step + (i + geometry.padding) * geometry.row;
+                  for (int64_t j = 0; j < geometry.w; ++j)
+                    to[j] = direct[j] + passed(value[j], rectified[geometry.at(0, j + geometry.padding)]);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+    if (!weight_gradients) return;
+    for (const auto& each : partial) {
+      if (each.empty()) continue;                  // fewer threads came than were asked for
+      for (int64_t k = 0; k < size3; ++k) depthwise3_gradient[k] += each[k];
+      for (int64_t k = 0; k < size5; ++k) depthwise5_gradient[k] += each[size3 + k];
+      for (int64_t k = 0; k < size1; ++k) pointwise_gradient[k] += each[size3 + size5 + k];
+    }
+  }
+
+ private:
+  // How many of the 3 places of a pooling window around place i * stride are inside.
+  static int64_t inside(int64_t i, int64_t stride, int64_t size) {
+    return std::min(i * stride + 1, size - 1) - std::max<int64_t>(i * stride - 1, 0) + 1;
+  }
+  static T* zeros(Scratch<T>& scratch, int64_t size) {
+    T* room = scratch.take(size);
+    std::fill(room, room + size, T(0));
+    return room;
+  }
+
+  // Where the weights lie. Depthwise: group by group, in each the three convolutions of one kernel size (both of the
+  // separable one, the dilated one), in each its edges. Pointwise alike, with six and at the end of the first group
+  // the two of FactorizedReduce.
+  int64_t depthwise_at(const Edge& edge, int kind, int taps) const {
+    const Group& group = kGroup[edge.group];
+    return (3 * group.first_edge + kind * group.edges + edge.local) * c_ * taps;
+  }
+  int64_t pointwise_at(const Edge& edge, int k) const {
+    const Group& group = kGroup[edge.group];
+    const int64_t factorized = reduction_ && edge.group > 0 ? kGroup[0].edges : 0;
+    return (6 * group.first_edge + factorized + k * group.edges + edge.local) * c_ * c_;
+  }
+  int64_t factorized_at(const Edge& edge, int half) const {
+    return (6 * kGroup[0].edges * c_ + (half * kGroup[0].edges + edge.local) * (c_ / 2)) * c_;
+  }
+  int64_t pointwise_at_end() const { return (6 * kEdges + (reduction_ ? kGroup[0].edges : 0)) * c_ * c_; }
+
+  // The first of the C planes, of an image in `saved` and in `statistics`, that belong to ...
+  int64_t row(const Edge& edge, int k) const { return (edge.position * kConvolutions + k) * c_; }
+  int64_t factorized_row(const Edge& edge) const { return (kEdges * kConvolutions + edge.local) * c_; }
+  int64_t pool_row(int state, int which) const {
+    return (kEdges * kConvolutions + (reduction_ ? kGroup[0].edges : 0) + 2 * state + which) * c_;
+  }
+  int64_t dot_row(const Edge& edge, int dot) const {
+    if (dot < 4) return row(edge, kLast[dot]);
+    if (dot < kSkipDot) return pool_row(edge.state, dot - kMaxDot);
+    return reduction_ && edge.group == 0 ? factorized_row(edge) : -1;
+  }
+
+  const T* state_of(const T* x, const T* out, int64_t n, int s) const {
+    return s < 2 ? x + (n * 2 + s) * c_ * inputs_.h * inputs_.w : out + (n * kNodes + s - 2) * c_ * nodes_.h * nodes_.w;
+  }
+
+  // A plane [h, w] <-> one with rows rounded up; what is rounded up is 0.
+  void spread_rows(const T* from, T* to) const {
+    if (nodes_.out_row != nodes_.w) std::fill(to, to + size_, T(0));
+    for (int64_t i = 0; i < nodes_.rows(); ++i)
+      std::memcpy(to + i * nodes_.out_row, from + i * nodes_.w, nodes_.columns() * sizeof(T));
+  }
+  void gather_rows(const T* from, T* to) const {
+    for (int64_t i = 0; i < nodes_.rows(); ++i)
+      std::memcpy(to + i * nodes_.w, from + i * nodes_.out_row, nodes_.columns() * sizeof(T));
+  }
+
+  // The moments of C planes of one image.
+  void take_all_moments(const T* image, double* moments, int64_t first) const {
+    for (int64_t k = first; k < first + c_; ++k) take_moments(nodes_, image + k * size_, moments + 2 * k);
+  }
+  // Those of C planes over all images -> mean and 1 / sqrt(variance + epsilon); shared out among the threads.
+  void combine(const std::vector<double>& moments, int64_t rows, int64_t first, T* statistics) const {
+#pragma omp for schedule(static) nowait
+    for (int64_t k = first; k < first + c_; ++k) {
+      double mean, variance;
+      combine_moments(moments.data() + 2 * k, n_, 2 * rows, nodes_.h * nodes_.w, &mean, &variance);
+      statistics[2 * k] = mean, statistics[2 * k + 1] = 1 / std::sqrt(variance + epsilon_);
+    }
+  }
+  void normalise_all(const T* image, const T* statistics, int64_t first, T* padded) const {
+    for (int64_t k = first; k < first + c_; ++k)
+      normalise(second_, image + k * size_, nodes_.out_row, statistics[2 * k + 1], statistics[2 * k], T(0),
+                padded + (k - first) * second_.plane);
+  }
+
+  // FactorizedReduce: every second place of C rectified planes, half 1 one pixel further, and back.
+  void gather(const Geometry& g, const T* padded, int half, T* to) const {
+    const int64_t first = g.at(g.padding + half, g.padding + half);
+    for (int64_t c = 0; c < c_; ++c)
+      for (int64_t i = 0; i < g.out_h; ++i)
+        std::memcpy(to + c * g.step + i * g.out_row, padded + c * g.plane + first + i * g.stride * g.row, g.out_row * sizeof(T));
+  }
+  void scatter(const Geometry& g, const T* from, int half, T* padded) const {
+    const int64_t first = g.at(g.padding + half, g.padding + half);
+    for (int64_t c = 0; c < c_; ++c)
+      for (int64_t i = 0; i < g.out_h; ++i) {
+        T* to = padded + c * g.plane + first + i * g.stride * g.row;
+#pragma omp simd
+        for (int64_t j = 0; j < g.out_w; ++j) to[j] += from[c * g.step + i * g.out_row + j];
+      }
+  }
+
+  // Pools, 3 x 3 with padding 1. A plane is laid out with a border that decides nothing: -infinity for the maximum; the
+  // mean takes its places by number.
+  int64_t pool_room() const { return (std::max(inputs_.h, nodes_.h) + 2) * (std::max(inputs_.w, nodes_.w) + 2 + L); }
+  void border(const Geometry& g, const T* x, T value, T* to) const {
+    const int64_t row = g.w + 2;
+    std::fill(to, to + row * (g.h + 2), value);
+    for (int64_t i = 0; i < g.h; ++i) std::memcpy(to + (i + 1) * row + 1, x + i * g.w, g.w * sizeof(T));
+  }
+  const T* inverse_counts(const Geometry& g) const {
+    return reduction_ && g.stride == 1 ? node_inverse_counts_.data() : inverse_counts_.data();
+  }
+  int64_t inverse_row(const Geometry& g) const { return reduction_ && g.stride == 1 ? g.w : g.out_row; }
+  void pool(const Geometry& g, const T* x, T* bordered, T* max, T* mean) const {
+    if (g.stride == 1) pool_with<1>(g, x, bordered, max, mean);
+    else pool_with<2>(g, x, bordered, max, mean);
+  }
+  template <int S>
+  void pool_with(const Geometry& g, const T* x, T* bordered, T* max, T* mean) const {
+    const int64_t row = g.w + 2;
+    border(g, x, -std::numeric_limits<T>::infinity(), bordered);
+    for (int64_t i = 0; i < g.out_h; ++i) {
+      T* to = max + i * g.out_row;
+      std::fill(to, to + g.out_row, -std::numeric_limits<T>::infinity());
+      for (int k = 0; k < 9; ++k) {
+        const T* from = bordered + (i * S + k / 3) * row + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g.out_w; ++j) to[j] = from[j * S] > to[j] ? from[j * S] : to[j];
+      }
+      std::fill(to + g.out_w, to + g.out_row, T(0));
+    }
+    border(g, x, T(0), bordered);
+    for (int64_t i = 0; i < g.out_h; ++i) {
+      T* to = mean + i * g.out_row;
+      const T* inverse = inverse_counts(g) + i * inverse_row(g);
+      std::fill(to, to + g.out_row, T(0));
+      for (int k = 0; k < 9; ++k) {
+        const T* from = bordered + (i * S + k / 3) * row + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g.out_w; ++j) to[j] += from[j * S];
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < g.out_w; ++j) to[j] *= inverse[j];
+    }
+  }
+  // The gradient in front of the normalisation of a pool, which all edges of the state share.
+  void pool_gradient(int64_t n, int s, int dot, int64_t c, const Group& group, const T* mixing, const T* gradient,
+                     const T* image, const T* statistics, const std::vector<T>& mean_gradient,
+                     const std::vector<double>& total_dot, T* to) const {
+    const int64_t from = pool_row(s, dot - kMaxDot) + c;
+    const T mean = statistics[from * 2], rstd = statistics[from * 2 + 1];
+    const T* y = image + from * size_;
+    double d_mean = 0, d_dot = 0;
+    std::fill(to, to + size_, T(0));
+    for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
+      const Edge& edge = kEdge[e];
+      if (edge.state != s) continue;
+      const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[dot]];
+      d_mean += weight * mean_gradient[edge.node * c_ + c];
+      d_dot += weight * total_dot[(e * kDots + dot) * c_ + c];
+      const T* d = gradient + (n * kNodes * c_ + edge.node * c_ + c) * size_;
+#pragma omp simd
+      for (int64_t p = 0; p < size_; ++p) to[p] += weight * d[p];
+    }
+    differentiate(nodes_, to, y, rstd, static_cast<T>(d_mean), mean, static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
+  }
+  void pool_back(const Geometry& g, const T* x, const T* max, const T* max_gradient, T* mean_gradient, T* bordered,
+                 T* bordered_gradient, T* open, T* to) const {
+    if (g.stride == 1) pool_back_with<1>(g, x, max, max_gradient, mean_gradient, bordered, bordered_gradient, open, to);
+    else pool_back_with<2>(g, x, max, max_gradient, mean_gradient, bordered, bordered_gradient, open, to);
+  }
+  // to [h, w] += the gradients of both pools; of equal maxima the first gets it, as in Paddle.
+  template <int S>
+  void pool_back_with(const Geometry& g, const T* x, const T* max, const T* max_gradient, T* mean_gradient, T* bordered,
+                      T* bordered_gradient, T* open, T* to) const {
+    const int64_t row = g.w + 2;
+    border(g, x, -std::numeric_limits<T>::infinity(), bordered);
+    std::fill(bordered_gradient, bordered_gradient + row * (g.h + 2), T(0));
+    for (int64_t i = 0; i < g.out_h; ++i) {
+      const T *top = max + i * g.out_row, *d = max_gradient + i * g.out_row, *inverse = inverse_counts(g) + i * inverse_row(g);
+      T* share = mean_gradient + i * g.out_row;
+#pragma omp simd
+      for (int64_t j = 0; j < g.out_w; ++j) share[j] *= inverse[j], open[j] = 1;
+      for (int k = 0; k < 9; ++k) {
+        const T* from = bordered + (i * S + k / 3) * row + k % 3;
+        T* at = bordered_gradient + (i * S + k / 3) * row + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g.out_w; ++j) {
+          const T hit = from[j * S] == top[j] ? open[j] : T(0);
+          at[j * S] += hit * d[j] + share[j];
+          open[j] -= hit;
+        }
+      }
+    }
+    for (int64_t i = 0; i < g.h; ++i)
+#pragma omp simd
+      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] += bordered_gradient[(i + 1) * row + j + 1];
+  }
+
+  const int64_t n_, c_;
+  const bool reduction_;
+  const double epsilon_;
+  const Geometry inputs_, nodes_, second_;       // of states 0 and 1, of the nodes, between both halves of a sep_conv
+  const int64_t size_, count_;                   // of a saved plane; how many numbers a normalisation is over
+  std::vector<T> inverse_counts_, node_inverse_counts_;
+};
+
+std::vector<Tensor> Forward(const Tensor& x, const Tensor& depthwise3, const Tensor& depthwise5, const Tensor& pointwise,
+                            const Tensor& mixing, bool reduction, bool, float epsilon) {
+  const int64_t n = x.shape()[0], c = pointwise.shape()[1];
+  const int64_t h = x.shape()[2] / (reduction ? 2 : 1), w = x.shape()[3] / (reduction ? 2 : 1);
+  Tensor out = paddle::empty({n, kNodes * c, h, w}, x.dtype(), x.place()), saved, statistics;
+  PD_DISPATCH_FLOATING_TYPES(x.type(), "mixed_cell", ([&] {
+    with_lanes<data_t>(w, [&](auto lanes) {
+      using Cell = MixedCell<data_t, decltype(lanes)::value>;
+      const int64_t planes = Cell::planes(c, reduction);
+      saved = paddle::empty({n, planes, Cell::plane_size(h, w)}, x.dtype(), x.place());
+      statistics = paddle::empty({planes, 2}, x.dtype(), x.place());
+      Cell(x, pointwise, reduction, epsilon)
+          .forward(x.data<data_t>(), depthwise3.data<data_t>(), depthwise5.data<data_t>(), pointwise.data<data_t>(),
+                   mixing.data<data_t>(), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>());
+    });
+  }));
+  return {out, saved, statistics};
+}
+
+std::vector<Tensor> Backward(const Tensor& x, const Tensor& depthwise3, const Tensor& depthwise5, const Tensor& pointwise,
+                             const Tensor& mixing, const Tensor& out, const Tensor& saved, const Tensor& statistics,
+                             const Tensor& out_gradient, bool reduction, bool weight_gradients, float epsilon) {
+  const auto like = [](const Tensor& t) { return paddle::zeros(t.shape(), t.dtype(), t.place()); };
+  Tensor x_gradient = paddle::empty(x.shape(), x.dtype(), x.place()), gradient3 = like(depthwise3);
+  Tensor gradient5 = like(depthwise5), gradient1 = like(pointwise), mixing_gradient = like(mixing);
+  PD_DISPATCH_FLOATING_TYPES(x.type(), "mixed_cell_grad", ([&] {
+    with_lanes<data_t>(out.shape()[3], [&](auto lanes) {
+      MixedCell<data_t, decltype(lanes)::value>(x, pointwise, reduction, epsilon)
+          .backward(x.data<data_t>(), depthwise3.data<data_t>(), depthwise5.data<data_t>(), pointwise.data<data_t>(),
+                    mixing.data<data_t>(), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
+                    out_gradient.data<data_t>(), weight_gradients, x_gradient.data<data_t>(), gradient3.data<data_t>(),
+                    gradient5.data<data_t>(), gradient1.data<data_t>(), mixing_gradient.data<data_t>());
+    });
+  }));
+  return {x_gradient, gradient3, gradient5, gradient1, mixing_gradient};
+}
+
+std::vector<std::vector<int64_t>> InferShape(const std::vector<int64_t>& x, const std::vector<int64_t>&,
+                                             const std::vector<int64_t>&, const std::vector<int64_t>& pointwise,
+                                             const std::vector<int64_t>&, bool reduction, bool, float) {
+  const int64_t c = pointwise[1], planes = MixedCell<float, 4>::planes(c, reduction), stride = reduction ? 2 : 1;
+  return {{x[0], kNodes * c, x[2] / stride, x[3] / stride}, {x[0], planes, -1}, {planes, 2}};
+}
+
+std::vector<paddle::DataType> InferDtype(paddle::DataType x, paddle::DataType, paddle::DataType, paddle::DataType,
+                                         paddle::DataType) {
+  return {x, x, x};
+}
+
+}  // namespace
+
+PD_BUILD_OP(darts_mixed_cell)
+    .Inputs({"X", "Depthwise3", "Depthwise5", "Pointwise", "Mixing"})
+    .Outputs({"Out", "Saved", "Statistics"})
+    .Attrs({"reduction: bool", "weight_gradients: bool", "epsilon: float"})
+    .SetKernelFn(PD_KERNEL(Forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(InferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(InferDtype));
+
+PD_BUILD_GRAD_OP(darts_mixed_cell)
+    .Inputs({"X", "Depthwise3", "Depthwise5", "Pointwise", "Mixing", "Out", "Saved", "Statistics", paddle::Grad("Out")})
+    .Outputs({paddle::Grad("X"), paddle::Grad("Depthwise3"), paddle::Grad("Depthwise5"), paddle::Grad("Pointwise"),
+              paddle::Grad("Mixing")})
+    .Attrs({"reduction: bool", "weight_gradients: bool", "epsilon: float"})
+    .SetKernelFn(PD_KERNEL(Backward));
