@@ -17,7 +17,7 @@ step() {
     doing=$1
     printf '\n=== %s\n' "$doing"
 }
-trap 'status=$?; [ $status = 0 ] || echo "quickstart: stopped while $doing (exit code $status); run it again to go on" >&2' EXIT
+trap 'status=$?; [ $status = 0 ] || echo "quickstart: stopped (exit code $status) at ${doing%% (*}; run again it goes on" >&2' EXIT
 
 step "1/5 looking for system packages"
 missing=()
