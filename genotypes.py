@@ -128,6 +128,21 @@ def softmax(alphas):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def entropy(weights):
+    """How undecided the edges of a cell are: the mean over the edges of -sum p log p, in nats.
+
+    weights: softmax of alpha [14, 8]. From log 8 = 2.079, all operations alike, down to 0, one alone.
+    """
+    weights = np.asarray(weights, 'float64')
+    # 0 log 0 is 0.
+    return float(-(weights * np.log(np.maximum(weights, np.finfo('float64').tiny))).sum(axis=-1).mean())
+
+
+def skip_connects(genotype):
+    """How many skip_connect the normal cell has. Searches drift towards them, and too many make a poor network."""
+    return sum(operation == 'skip_connect' for operation, _ in genotype.normal)
+
+
 def derive(alphas_normal, alphas_reduce):
     """The genotype of alpha [14, 8] of both kinds of cell (arXiv 1806.09055, section 2.4).
 

@@ -6,6 +6,9 @@
     python train_search.py --resume                                # go on after a stop or a crash
     python -m paddle.distributed.launch --gpus 0,1,2,3 train_search.py                    # four GPUs
 """
+import contextlib
+import os
+
 import numpy as np
 
 import utils                       # first: it quiets what paddle says while it is imported
@@ -37,6 +40,8 @@ def parse_args(argv=None):
     add('--arch_weight_decay', type=utils.number(float, 0), default=1e-3, help='of alpha (%(default)s)')
     add('--unrolled', type=utils.boolean, default=True,
         help='second order (True) or first order (False) gradient of alpha (%(default)s)')
+    add('--stop_at_skips', type=utils.number(int, 1, 2 * genotypes.NODES), metavar='N',
+        help='end the search when the normal cell has N skip_connect or more, with the last genotype that has fewer')
     add('--pretrained', metavar='PATH', help="start with these weights (and alpha) of a supernet, an .npz of "
         "scripts/convert_weights.py")
     return parser.parse_args(argv)
@@ -83,9 +88,40 @@ class Search:
             log.info(format_mixing_weights(name, table))
         log.info(f"genotype = {genotype}")
         log.info(f"epoch {epoch + 1}: validation {trainer.as_text(validation, 'valid')}")
-        self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
-        return dict(validation, **{name: table.tolist() for name, table in weights.items()},
+        health = {'skip_connects': genotypes.skip_connects(genotype)}
+        for name, table in weights.items():
+            health[name.replace('alphas', 'entropy')] = genotypes.entropy(table)
+        log.info(f"epoch {epoch + 1}: {health['skip_connects']} skip_connect in the normal cell; entropy of alpha: "
+                 f"normal {health['entropy_normal']:.4f}, reduce {health['entropy_reduce']:.4f} "
+                 f"(2.0794 undecided, 0 decided)")
+        if not self.too_many_skips(genotype):
+            self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
+        return dict(validation, **health, **{name: table.tolist() for name, table in weights.items()},
                     genotype=genotype._asdict())
+
+    def too_many_skips(self, genotype):
+        return self.args.stop_at_skips is not None and genotypes.skip_connects(genotype) >= self.args.stop_at_skips
+
+    def over(self, record):
+        """With --stop_at_skips: sees to it that genotype.json is the last genotype with fewer, if there is one."""
+        found = {each['epoch']: genotypes.check(each['genotype']) for each in [*self.run.history(), record]}
+        if not self.too_many_skips(found[record['epoch']]):
+            return None
+        why = (f"the search ended with epoch {record['epoch']}, whose normal cell has "
+               f"{genotypes.skip_connects(found[record['epoch']])} skip_connect (--stop_at_skips "
+               f"{self.args.stop_at_skips}): ")
+        fewer = [epoch for epoch, genotype in found.items() if not self.too_many_skips(genotype)]
+        path = self.run.path('genotype.json')
+        if fewer:
+            last = found[fewer[-1]]
+            self.run.write('genotype.json', genotypes.dumps(last) + '\n')
+            why += f"{path} is the genotype of epoch {fewer[-1]}, which has {genotypes.skip_connects(last)}"
+        else:
+            # It is there when the run was resumed with a lower limit; history.jsonl keeps all.
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            why += f"no epoch had fewer, so there is no {path}"
+        return why + "; with a higher limit, or none, --resume goes on"
 
     def state(self):
         state = {name: self.supernet.store.get(name) for name in CHECKPOINTED}

@@ -11,6 +11,7 @@ A script describes what it trains as a task, an object with
     finish_epoch(epoch)         validation and what else belongs to the end of an epoch,
                                 -> what it adds to the epoch's line in history.jsonl
     state(), load_state(state)  {name: array}, everything that a step changes
+    over(record)                why the run ends with this line of history.jsonl, or None; optional
 
 and calls `run_epochs`. Batches are a function of (seed, epoch, step), so that a checkpoint needs no state of
 a random generator to continue to the bit.
@@ -36,6 +37,7 @@ import distributed
 import genotypes
 import utils
 from parameters import MomentumSGD
+from dashboard import Dashboard
 from reader import DROP_PATH, prefetch
 from utils import UserError, peak_memory
 
@@ -43,7 +45,8 @@ log = logging.getLogger('darts')
 
 # Flags that do not change what is computed: a run may be resumed with others.
 FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'custom_ops',
-              'resume', 'arch', 'pretrained', 'eval_only'}          # of arch the genotype itself is compared
+              'resume', 'arch', 'pretrained', 'eval_only', 'visualdl',
+              'stop_at_skips'}                                      # of arch the genotype itself is compared
 KEPT_CHECKPOINTS = 2
 
 
@@ -75,6 +78,7 @@ class Run:
     def __init__(self, args):
         self.folder = args.model_save_dir
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+        self.dashboard = None
         if not distributed.main:
             return
         try:
@@ -86,6 +90,8 @@ class Run:
                                 "or choose another folder with --model_save_dir")
             if args.resume and not found:
                 raise UserError(f"--resume: there is no checkpoint in {self.folder}")
+            if args.visualdl:
+                self.dashboard = Dashboard(args.visualdl, args.resume)
             start_log(self.path('log.txt'))
             if not args.resume:
                 utils.write_file(self.path('args.json'), json.dumps(vars(args), indent=2) + '\n')
@@ -155,6 +161,8 @@ class Run:
                 raise UserError(f"{self.path(name)} is from a run with other settings: {'; '.join(differing)}")
             task.load_state(state)
             self._cut_history(about['epoch'])
+            if self.dashboard:
+                self.dashboard.cut(about['epoch'], about['epoch'] * task.steps + about['step'])
             log.info(f"resumed from {self.path(name)}")
             return about['epoch'], about['step'], Meter(**about['meter'])
         raise UserError(f"none of the checkpoints in {self.folder} can be read")
@@ -164,6 +172,16 @@ class Run:
             return
         with open(self.path('history.jsonl'), 'a', encoding='utf-8') as file:
             file.write(json.dumps(record) + '\n')
+        if self.dashboard:
+            self.dashboard.add_epoch(record)
+
+    def history(self):
+        """The lines of history.jsonl, a dict an epoch; `restore` has taken out what the run will do again."""
+        try:
+            with open(self.path('history.jsonl'), encoding='utf-8') as file:
+                return [json.loads(line) for line in file]
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.path('history.jsonl')}: {error}") from None
 
     def _cut_history(self, epoch):
         """Takes out of the history what the resumed run will do again, a line cut off half-way included."""
@@ -304,8 +322,10 @@ class _Stop:
 def run_epochs(task, run, args):
     """Trains `task` for args.epochs epochs, from where the last checkpoint of `run` stands if args.resume."""
     epoch, step, meter = _begin(task, run, args)
+    over = why_over(task, run.history()[-1:]) if args.resume and distributed.main else None
+    ended, = distributed.total([over is not None])
     with _Stop() as stop:
-        while epoch < args.epochs:
+        while epoch < args.epochs and not ended:
             began, waited, talked = time.time(), 0.0, distributed.seconds
             started = began - meter.seconds              # of the epoch, before a resume too
             batches = prefetch(lambda s: task.batch(epoch, s), range(step, task.steps), args.num_workers)
@@ -330,6 +350,9 @@ def run_epochs(task, run, args):
                     meter.seconds = time.time() - started
                     if step % args.report_freq == 0 or step == task.steps:
                         report(epoch, step, task, meter)
+                        if run.dashboard:
+                            run.dashboard.add_step(epoch * task.steps + step,
+                                                   dict(meter.means('train'), lr=task.learning_rate(epoch)))
                     if stopping or (step % args.save_freq == 0 and step < task.steps):
                         run.save(task.state(), epoch, step, meter)
                     if stopping:
@@ -341,13 +364,22 @@ def run_epochs(task, run, args):
             validation = task.finish_epoch(epoch)
             log.info(f"epoch {epoch + 1}: {part * waited:.1f} % of the training time was spent waiting for input"
                      f"{talking}, peak memory {peak_memory():.2f} GB")
-            run.add_history(dict(epoch=epoch + 1, lr=task.learning_rate(epoch), **meter.means('train'), **validation,
-                                 seconds=round(time.time() - started, 3)))
+            record = dict(epoch=epoch + 1, lr=task.learning_rate(epoch), **meter.means('train'), **validation,
+                          seconds=round(time.time() - started, 3))
+            run.add_history(record)
             epoch, step, meter = epoch + 1, 0, Meter()
             run.save(task.state(), epoch, step, meter)
-            stopping, = distributed.mean([stop.wanted()])
-            if stopping and epoch < args.epochs:
+            over = why_over(task, [record]) if distributed.main else None
+            stopping, ended = distributed.total([stop.wanted(), over is not None])
+            if stopping and epoch < args.epochs and not ended:
                 stop.exit(f"after epoch {epoch}")
+    if over:
+        log.info(over)
+
+
+def why_over(task, records):
+    """Why a run ends early, as its task says of the last epoch's record (none: before the first epoch's end)."""
+    return task.over(records[-1]) if records and hasattr(task, 'over') else None
 
 
 def _begin(task, run, args):

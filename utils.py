@@ -63,6 +63,15 @@ def number(kind, low, high=math.inf, open_low=False):
     return parse
 
 
+def visualdl_folder(text):
+    """A folder for VisualDL; a mistake when VisualDL is not installed, which is known before anything long starts."""
+    try:
+        import visualdl            # noqa: F401
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"VisualDL cannot be imported ({error}): pip install visualdl") from None
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that says a mistake in one line."""
 
@@ -113,6 +122,8 @@ def add_common_arguments(parser, *, batch_size, learning_rate, weight_decay, epo
         help='steps between checkpoints; there is one at the end of each epoch too (%(default)s)')
     add('--model_save_dir', default=model_save_dir, help='folder for all that the run writes (%(default)s)')
     add('--resume', action='store_true', help='continue from the last checkpoint in --model_save_dir')
+    add('--visualdl', metavar='DIR', type=visualdl_folder,
+        help="write the curves of the run there for Paddle's dashboard: visualdl --logdir DIR")
 
 
 def add_training_arguments(parser, *, drop_path_prob):

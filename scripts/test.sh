@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                              # everything
 #   bash scripts/test.sh tests/test_reader.py -x      # arguments go to pytest
 #   TORCH=2.13.0 bash scripts/test.sh                 # with the comparisons with PyTorch, which is installed too
+#   VISUALDL=2.5.3 bash scripts/test.sh               # with the tests of --visualdl, the same
 #
 # Both versions are tested at the same time: either run keeps about one core busy. That of 2.6.2 is shown
 # when it has ended.
@@ -12,7 +13,7 @@ cd "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 bash scripts/setup.sh
 VENV=.venv-2.6.2 PADDLE_VERSION=2.6.2 bash scripts/setup.sh
-.venv/bin/pip install --quiet pytest ${TORCH:+torch==$TORCH}
+.venv/bin/pip install --quiet pytest ${TORCH:+torch==$TORCH} ${VISUALDL:+visualdl==$VISUALDL}
 .venv-2.6.2/bin/pip install --quiet pytest
 
 output=$(mktemp)
