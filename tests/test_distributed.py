@@ -269,7 +269,7 @@ def test_a_signal_to_one_process_ends_all_with_its_exit_code(tmp_path, commands)
 
 def test_a_folder_in_use_is_refused_to_a_run_of_two(tmp_path, commands):
     folder = tmp_path / 'run'
-    holder = trainer.Run(argparse.Namespace(model_save_dir=str(folder), resume=False))
+    holder = trainer.Run(argparse.Namespace(model_save_dir=str(folder), resume=False, visualdl=None))
     main, other = run_two(*commands['train.py'], '--model_save_dir', folder)
     assert holder and not checkpoint_names(folder)
     assert_one_line(main, 'another run is at work in', '--model_save_dir')
