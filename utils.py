@@ -202,10 +202,11 @@ def cores():
 
 def threads():
     """How many threads an operator of custom_ops uses: OMP_NUM_THREADS, or the cores, shared out among the processes
-    that paddle.distributed.launch started on this machine."""
-    if _omp_num_threads.isdigit() and int(_omp_num_threads):
+    that paddle.distributed.launch started on this machine (whose environment has Paddle's own 1)."""
+    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 0))
+    if _omp_num_threads.isdigit() and int(_omp_num_threads) > (processes > 0):
         return int(_omp_num_threads)
-    return max(1, cores() // int(os.environ.get('PADDLE_LOCAL_SIZE', 1)))
+    return max(1, cores() // max(1, processes))
 
 
 def announce(log, place, processes=1):
