@@ -3,11 +3,11 @@
     python scripts/kill_and_resume.py                              # 20 searches and 20 trainings, each killed once
     python scripts/kill_and_resume.py --number 3 --seed 7 --scripts train.py
 
-Each run is a small one on part of fashion_mnist_sample, with a checkpoint after every step. Three in ten are killed while
-a checkpoint is being written (its `.part` is there), one while another file is, one before there is a checkpoint (such a
-run starts again without --resume), the others anywhere. What an uninterrupted run leaves behind is compared with what the resumed one does:
-the last checkpoint, the history without the seconds, genotype.json or the weights, and the names of all files. Exit
-code 1 when anything differs.
+Each run is a small one on part of fashion_mnist_sample, with a checkpoint after every step. Three in ten are killed
+while a checkpoint is being written (its `.part` is there), one while another file is, one before there is a
+checkpoint (such a run starts again without --resume), the others anywhere. What an uninterrupted run leaves behind is
+compared with what the resumed one does: the last two checkpoints, the history without the seconds, genotype.json or
+the weights, and the names of all files. Exit code 1 when anything differs.
 """
 import json
 import os
@@ -37,8 +37,8 @@ BATCH_SIZE = {'train_search.py': 4, 'train.py': 8}             # the search trai
 IMAGES = BATCH_SIZE['train.py'] * STEPS // 10                  # of each class
 
 Moment = namedtuple('Moment', 'kind target delay')
-Moment.__doc__ = """kind: 'start', 'checkpoint' or 'file' (while one is written) or 'anywhere'; target: how many steps are in a checkpoint before the kill;
-delay: seconds from then on, or from the start of the process."""
+Moment.__doc__ = """kind: 'start', 'checkpoint' or 'file' (while one is written) or 'anywhere'; target: how many steps
+are in a checkpoint before the kill; delay: seconds from then on, or from the start of the process."""
 
 
 def draw_moments(number, seed, step_seconds, start_seconds):
