@@ -81,7 +81,7 @@ def load(name):
             fields = json.loads(file.read(1 << 20))
         return check(fields)
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{name} holds no genotype: {error}") from None
+        raise UserError(f"{name} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
 
 
 def dumps(genotype):

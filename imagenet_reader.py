@@ -8,9 +8,11 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
+import warnings
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +31,10 @@ Samples = namedtuple('Samples', 'paths labels')
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff')
+# What a file may be, whatever its name is: Pillow opens formats too that it runs other programs for.
+FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF')
+MOST_PIXELS = 1 << 27                       # twice as many as the largest picture of ImageNet
+warnings.filterwarnings('ignore', module=r'PIL\b.*')    # of metadata that is damaged, and of large pictures
 
 SIZE, SHORT_SIDE = 224, 256                 # of a picture for the network; to which validation resizes
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)   # of the random crop
@@ -62,7 +68,7 @@ def load(data_dir, class_num):
 def _read_list(path, data_dir, class_num):
     try:
         with open(path, encoding='utf-8') as file:
-            lines = file.read().splitlines()
+            lines = file.read().split('\n')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     paths, labels = [], []
@@ -70,7 +76,7 @@ def _read_list(path, data_dir, class_num):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(' ')
-        if not name.strip() or not label.isdecimal():
+        if not name.strip() or not re.fullmatch('[0-9]{1,9}', label):
             raise UserError(f"{path} line {number} is no `path label`: {line[:80]!r}")
         if int(label) >= class_num:
             raise UserError(f"{path} line {number}: label {label} is not below --class_num {class_num}")
@@ -119,8 +125,14 @@ def _read_folders(folders, class_num):
 # Pictures
 
 def open_picture(path):
-    """An image in the mode L or RGB, as it is stored (not turned by EXIF), not decoded if it is a JPEG."""
-    image = Image.open(path)
+    """An image in the mode L or RGB, as it is stored (not turned by EXIF), not decoded if it is a JPEG.
+
+    Raises whatever Pillow does for a file that is none of FORMATS or damaged, and ValueError for one that claims
+    to have more than MOST_PIXELS.
+    """
+    image = Image.open(path, formats=FORMATS)
+    if math.prod(image.size) > MOST_PIXELS:
+        raise ValueError(f"it claims to have {image.size[0]} x {image.size[1]} pixels")
     if image.mode in ('RGB', 'L'):
         return image
     if image.mode.startswith(('I', 'F')):                   # 16 bits and more

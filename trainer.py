@@ -19,6 +19,7 @@ a random generator to continue to the bit.
 With several processes (distributed.py) `batch` is the process's part of the batch, `train_step` leaves the same state
 in all of them, and the main one writes.
 """
+import contextlib
 import fcntl
 import json
 import logging
@@ -27,6 +28,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 
 import numpy as np
 import paddle
@@ -79,6 +81,7 @@ class Run:
         self.folder = args.model_save_dir
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         self.dashboard = None
+        self.last = None                           # the last checkpoint that was written or read
         if not distributed.main:
             return
         try:
@@ -90,6 +93,9 @@ class Run:
                                 "or choose another folder with --model_save_dir")
             if args.resume and not found:
                 raise UserError(f"--resume: there is no checkpoint in {self.folder}")
+            for name in os.listdir(self.folder):   # what a killed run was writing
+                if name.startswith('checkpoint-') and name.endswith('.npz.part'):
+                    os.remove(self.path(name))
             if args.visualdl:
                 self.dashboard = Dashboard(args.visualdl, args.resume)
             start_log(self.path('log.txt'))
@@ -133,25 +139,29 @@ class Run:
         if not distributed.main:
             return
         about = {'settings': self.settings, 'epoch': epoch, 'step': step, 'meter': vars(meter)}
+        path = self.path(f'checkpoint-{epoch:04d}-{step:06d}.npz')
         try:
-            utils.write_file(self.path(f'checkpoint-{epoch:04d}-{step:06d}.npz'),
-                             lambda file: write_arrays(file, about, state))
+            utils.write_file(path, lambda file: write_arrays(file, about, state))
+            self.last = path
+            for name in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+                os.remove(self.path(name))
         except OSError as error:
             raise UserError(f"no checkpoint could be written to {self.folder}: {error.strerror or error}; "
                             "the one before is intact") from None
-        for name in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            os.remove(self.path(name))
 
     def restore(self, task):
         """Loads the last readable checkpoint into the task, -> (epoch, step, meter) to go on from.
 
-        Raises UserError when none can be read and when it is from a run with other settings.
+        Damaged ones are renamed, so that they are none of the last two. Raises UserError when none can be read and
+        when it is from a run with other settings.
         """
+        damaged = []
         for name in reversed(self.checkpoints()):
             try:
                 about, state = read_checkpoint(self.path(name))
             except ValueError as error:
                 log.warning(f"{self.path(name)} is damaged ({error}): trying the one before")
+                damaged.append(name)
                 continue
             theirs = about['settings']
             differing = [f"{key} {theirs.get(key)!r} there, {self.settings.get(key)!r} now"
@@ -159,19 +169,34 @@ class Run:
                          if theirs.get(key) != self.settings.get(key)]
             if differing:
                 raise UserError(f"{self.path(name)} is from a run with other settings: {'; '.join(differing)}")
+            shapes, expected = ({name: array.shape for name, array in each.items()} for each in (state, task.state()))
+            if shapes != expected:
+                raise UserError(f"{self.path(name)} is from another version of this program: it holds {shapes}, "
+                                f"expected {expected}")
             task.load_state(state)
             self._cut_history(about['epoch'])
             if self.dashboard:
                 self.dashboard.cut(about['epoch'], about['epoch'] * task.steps + about['step'])
-            log.info(f"resumed from {self.path(name)}")
+            for each in damaged:
+                with contextlib.suppress(OSError):
+                    os.replace(self.path(each), self.path(each + '.damaged'))
+            self.last = self.path(name)
+            log.info(f"resumed from {self.last}")
             return about['epoch'], about['step'], Meter(**about['meter'])
         raise UserError(f"none of the checkpoints in {self.folder} can be read")
 
     def add_history(self, record):
         if not distributed.main:
             return
-        with open(self.path('history.jsonl'), 'a', encoding='utf-8') as file:
-            file.write(json.dumps(record) + '\n')
+        path = self.path('history.jsonl')
+        try:
+            with open(path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(record) + '\n')
+                file.flush()
+                os.fsync(file.fileno())            # the checkpoint that follows counts on the line
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is intact, "
+                            "--resume continues from it") from None
         if self.dashboard:
             self.dashboard.add_epoch(record)
 
@@ -184,20 +209,55 @@ class Run:
             raise UserError(f"cannot read {self.path('history.jsonl')}: {error}") from None
 
     def _cut_history(self, epoch):
-        """Takes out of the history what the resumed run will do again, a line cut off half-way included."""
-        with open(self.path('history.jsonl'), encoding='utf-8') as file:
-            lines = file.readlines()[:epoch]
-        self.write('history.jsonl', ''.join(lines))
+        """Takes out of the history what the resumed run will do again, and damaged lines, of which it warns."""
+        path, lines = self.path('history.jsonl'), []
+        try:
+            with open(path, 'rb') as file:
+                lines = [line for line in file if 0 < _epoch_of(line) <= epoch]
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        if len(lines) != epoch:
+            log.warning(f"{path} is damaged: it has {len(lines)} lines for the {epoch} epochs before")
+        self.write('history.jsonl', b''.join(lines))
+
+
+def _epoch_of(line):
+    """The epoch that a line of history.jsonl (bytes) is about; 0 when it is damaged or was cut off half-way."""
+    try:
+        epoch = json.loads(line)['epoch'] if line.endswith(b'\n') else 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return 0
+    return epoch if type(epoch) is int else 0
+
+
+def verify_zip(path):
+    """Verifies the checksums of a zip file; raises ValueError or what zipfile has to say when it is damaged.
+
+    To be called first: who reads an array stops where the array's own header says, and zip compares the checksum at
+    the end of what it holds only, which an altered header keeps the reader from.
+    """
+    with zipfile.ZipFile(path) as file:
+        # Nothing in it is compressed, so that it cannot unpack to more than it is.
+        if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
+            raise ValueError("what it holds claims to be larger than the file")
+        damaged = file.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged!r} in it is wrong")
 
 
 def read_arrays(path):
     """-> (about, {name: array}) of an .npz that `Run` wrote; ValueError when it is damaged.
 
-    It holds plain arrays, nothing in it is executed; zip's checksum of each is verified in reading.
+    It holds plain arrays, nothing in it is executed; zip's checksum of each is verified.
     """
     try:
+        verify_zip(path)
         with np.load(path, allow_pickle=False) as arrays:
             state = {name: arrays[name] for name in arrays.files}
+        if not all(isinstance(array, np.ndarray) for array in state.values()):
+            raise ValueError("it holds something that is no array")
         return json.loads(state.pop('about').tobytes()), state
     except Exception as error:         # zip, numpy and json fail in many ways on a damaged file
         raise ValueError(str(error) or type(error).__name__) from None
@@ -213,6 +273,11 @@ def read_checkpoint(path):
     about, state = read_arrays(path)
     if not isinstance(about, dict) or set(about) != {'settings', 'epoch', 'step', 'meter'}:
         raise ValueError("its description is incomplete")
+    meter = about['meter']
+    if not (isinstance(about['settings'], dict) and isinstance(meter, dict) and set(meter) == set(vars(Meter()))
+            and all(type(about[name]) is int and about[name] >= 0 for name in ('epoch', 'step'))
+            and all(type(value) in (int, float) for value in meter.values())):
+        raise ValueError("its description is not that of a checkpoint")
     return about, state
 
 
@@ -257,15 +322,23 @@ def start_log(path=None):
     log.propagate = False            # Paddle gives the root logger a handler of its own
     log.handlers = [_Console()]
     if path:
-        handler = logging.FileHandler(path, encoding='utf-8')
+        handler = _LogFile(path, encoding='utf-8')
         handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%Y-%m-%d %H:%M:%S'))
         log.addHandler(handler)
 
 
 class _Console(logging.Handler):
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):         # the terminal is gone: the run is not, and has its log.txt
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record):
+        """A full disk costs lines of the log; what it means for the run is said where a checkpoint is written."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class Progress(tqdm):
@@ -339,10 +412,7 @@ def run_epochs(task, run, args):
                     # All processes see the same numbers, and so all stop after the same step.
                     loss, top1, top5, stopping = distributed.mean([loss, top1, top5, stop.wanted()])
                     if not math.isfinite(loss):
-                        last = run.path(run.checkpoints()[-1]) if distributed.main else f"in {run.folder}"
-                        raise UserError(
-                            f"the loss is {loss} at step {step + 1} of epoch {epoch + 1}, learning rate "
-                            f"{task.learning_rate(epoch):.6g}; the last good checkpoint is {last}")
+                        raise _diverged(f"the loss is {loss} at", task, run, epoch, step + 1)
                     meter.add(loss, top1, top5, images * distributed.processes)
                     step += 1
                     bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
@@ -353,8 +423,10 @@ def run_epochs(task, run, args):
                         if run.dashboard:
                             run.dashboard.add_step(epoch * task.steps + step,
                                                    dict(meter.means('train'), lr=task.learning_rate(epoch)))
-                    if stopping or (step % args.save_freq == 0 and step < task.steps):
-                        run.save(task.state(), epoch, step, meter)
+                    if stopping or step % args.save_freq == 0 or step == task.steps:
+                        state = _finite_state(task, run, epoch, step)
+                        if stopping or step < task.steps:
+                            run.save(state, epoch, step, meter)
                     if stopping:
                         bar.close()
                         stop.exit(f"after step {step} of epoch {epoch + 1}")
@@ -380,6 +452,20 @@ def run_epochs(task, run, args):
 def why_over(task, records):
     """Why a run ends early, as its task says of the last epoch's record (none: before the first epoch's end)."""
     return task.over(records[-1]) if records and hasattr(task, 'over') else None
+
+
+def _finite_state(task, run, epoch, step):
+    """task.state(); UserError when a number in it is not finite: a loss is one of the weights before the step."""
+    state = task.state()
+    broken = [name for name, array in state.items() if not np.isfinite(array).all()]
+    if broken:
+        raise _diverged(f"{', '.join(broken)}: not all numbers are finite after", task, run, epoch, step)
+    return state
+
+
+def _diverged(what, task, run, epoch, step):
+    return UserError(f"{what} step {step} of epoch {epoch + 1}, learning rate {task.learning_rate(epoch):.6g}; "
+                     f"the last good checkpoint is {run.last or f'in {run.folder}'}")
 
 
 def _begin(task, run, args):

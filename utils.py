@@ -1,5 +1,6 @@
 """What all scripts share outside of the method: errors, the command line, the device, schedules."""
 import argparse
+import contextlib
 import ctypes
 import math
 import os
@@ -163,14 +164,19 @@ def write_file(path, content):
     content: a text, bytes, or a function that is given the open file.
     """
     part = f'{path}.part'
-    with open(part, 'wb') as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, 'wb') as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)      # it takes up what is left of a full disk
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ the weights. Needs torch (pip install torch), as nothing else here does.
 import io
 import os
 import sys
+import zipfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -112,6 +113,8 @@ def read_state_dict(path):
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing")
     try:
+        if zipfile.is_zipfile(path):           # torch does not look at the checksums; its older format has none
+            trainer.verify_zip(path)
         state_dict = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:         # torch fails in many ways on a damaged or hostile file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -124,6 +127,9 @@ def read_state_dict(path):
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not _is_plain(torch, value):
             raise UserError(f"{path}: the entry {name!r} is no plain tensor of real numbers but a "
                             f"{type(value).__name__} {getattr(value, 'dtype', '')}")
+    # A tensor may repeat what it stores.
+    if sum(value.numel() * value.element_size() for value in state_dict.values()) > os.path.getsize(path):
+        raise UserError(f"{path}: its tensors claim to be larger than the file")
     return {name: value.detach().to(torch.float64).numpy() for name, value in state_dict.items()}
 
 

@@ -229,7 +229,7 @@ def test_no_damage_to_a_checkpoint_goes_unseen(tmp_path):
     """Cut off or with a bit flipped anywhere: refused, or (in a field of zip without meaning) the same arrays."""
     rng = np.random.default_rng(0)
     state = {'theta': rng.normal(size=50), 'alphas': rng.normal(size=(2, 14, 8)), 'adam_steps': np.array(3)}
-    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': {}}
+    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(trainer.Meter())}
     path = tmp_path / 'checkpoint.npz'
     np.savez(path, **state, about=np.frombuffer(json.dumps(about).encode(), 'uint8'))
     original, refused = path.read_bytes(), 0
