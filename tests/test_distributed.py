@@ -16,7 +16,7 @@ import make_sample
 import pictures
 import reader
 import trainer
-from model import NetworkCIFAR, NetworkImageNet
+from model import NetworkCIFAR
 from model_search import Supernet
 from runs import (assert_one_line, checkpoint, checkpoint_names, history, launch, run, run_two, run_two_well, run_well,
                   start_two, stop_at, without_seconds)
