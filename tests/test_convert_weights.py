@@ -641,6 +641,23 @@ def test_tensors_that_are_no_plain_arrays(tmp_path, torch, kind):
     assert 'source.pt' in refused(tmp_path / 'source.pt', tmp_path / 'target.npz')
 
 
+def test_an_altered_number_in_a_state_dict_is_noticed(tmp_path, torch):
+    """torch reads the file all the same: it does not look at the checksums."""
+    weights = {name: torch.from_numpy(array) for name, array in small().items()}
+    path = tmp_path / 'source.pt'
+    torch.save(weights, path)
+    content, number = bytearray(path.read_bytes()), weights['stem.0.weight'].numpy().tobytes()
+    content[content.index(number)] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)['stem.0.weight'], weights['stem.0.weight'])
+    assert 'the checksum of' in refused(path, tmp_path / 'target.npz')
+
+
+def test_a_tensor_that_repeats_what_it_stores_cannot_take_all_memory(tmp_path, torch):
+    torch.save({'stem.0.weight': torch.ones(1).expand(1 << 40)}, tmp_path / 'source.pt')
+    assert 'claim to be larger than the file' in refused(tmp_path / 'source.pt', tmp_path / 'target.npz')
+
+
 def test_a_name_with_and_without_the_prefix():
     """Which of the two weights is meant nobody knows."""
     weights = small()

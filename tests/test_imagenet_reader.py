@@ -3,13 +3,15 @@ import colorsys
 import contextlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import EpsImagePlugin, Image, ImageOps, JpegImagePlugin
 
 import imagenet_reader
 import pictures
@@ -75,6 +77,36 @@ def test_pictures_too_small_or_too_narrow_are_enlarged(tmp_path, size):
     rng = np.random.default_rng(0)
     for found in (validation_picture(tmp_path / 'x.png'), imagenet_reader.training_picture(tmp_path / 'x.png', rng)):
         assert found.shape == (224, 224, 3) and np.ptp(found, axis=(0, 1)).max() <= 1
+
+
+def test_a_file_is_not_opened_as_what_other_programs_are_run_for(tmp_path, monkeypatch):
+    """PostScript is a program, and Pillow lets ghostscript execute it, whatever the name of the file is."""
+    (tmp_path / 'x.JPEG').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+    executed = []
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript',
+                        lambda *args, **kwargs: executed.append(args) or Image.new('RGB', (9, 9)).im)
+    with pytest.raises(OSError, match='cannot identify'):
+        validation_picture(tmp_path / 'x.JPEG')
+    assert not executed
+    Image.open(tmp_path / 'x.JPEG').load()                             # it would have been
+    assert executed
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path):
+    Image.new('L', (1, 1)).save(tmp_path / 'x.png')
+    content = bytearray((tmp_path / 'x.png').read_bytes())
+    for side, refused in ((11500, False), (11700, True)):              # 132 and 137 million pixels
+        content[16:24] = struct.pack('>2I', side, side)
+        content[29:33] = struct.pack('>I', zlib.crc32(content[12:29]))
+        (tmp_path / 'x.png').write_bytes(content)
+        with pytest.raises(Exception, match='claims to have 11700 x 11700' if refused else 'truncated|not enough'):
+            validation_picture(tmp_path / 'x.png')
+
+
+def test_a_camera_s_file_of_several_pictures_gives_the_first(tmp_path):
+    first, second = (pictures.picture(number, (420, 310)) for number in (1, 2))
+    first.save(tmp_path / 'x.jpg', format='MPO', save_all=True, append_images=[second])
+    assert np.abs(validation_picture(tmp_path / 'x.jpg') - separately(tmp_path / 'x.jpg')).mean() < 2
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -187,9 +219,10 @@ def test_a_list_whose_folders_are_no_classes_gives_no_names(tmp_path):
 @pytest.mark.parametrize('line, reason', [
     ('train/x.JPEG', 'line 2 is no `path label`'), ('x.JPEG one', 'line 2 is no `path label`'),
     ('7', 'line 2 is no `path label`'), ('x.JPEG -1', 'line 2 is no `path label`'),
-    ('x.JPEG 3', 'line 2: label 3 is not below --class_num 3')])
+    ('x.JPEG 3', 'line 2: label 3 is not below --class_num 3'),
+    ('x.JPEG ' + '1' * 5000, 'line 2 is no `path label`'), ('x.JPEG \u0662', 'line 2 is no `path label`')])
 def test_a_bad_line_of_a_list_is_named(tmp_path, line, reason):
-    (tmp_path / 'train_list.txt').write_text('y.JPEG 0\n' + line + '\n')
+    (tmp_path / 'train_list.txt').write_text('y.JPEG 0\n' + line + '\n', encoding='utf-8')
     (tmp_path / 'val_list.txt').write_text('y.JPEG 0\n')
     with pytest.raises(UserError, match=reason):
         imagenet_reader.load(tmp_path, 3)
