@@ -207,7 +207,7 @@ class Fused:
 
     def __init__(self, layout, make, stages=1, stride=1, dilation=1):
         first, first_statistic = len(layout.blocks), len(layout.statistics.blocks)
-        self.layout, self.make_with_paddle = layout, make()
+        self.layout, self.by_paddle = layout, make()
         self.attributes = dict(stages=stages, stride=stride, dilation=dilation)
         self.convolutions = [block for block in layout.blocks[first:] if block.tail]
         # Of the tails of convolutions (1, k, k) stands for a depthwise one.
@@ -218,7 +218,7 @@ class Fused:
     def __call__(self, x, mask=None):
         """mask: None, or a variable [N, 1, 1, 1] that the result is multiplied by."""
         if not custom_ops.enabled():
-            return masked(self.make_with_paddle(x), mask)
+            return masked(self.by_paddle(x), mask)
         # While training the operator gives the new running statistics.
         depthwise = self.depthwise[0].tensor if self.depthwise else constant([1, 1, 1, 1], 1.0, x.dtype, trainable=True)
         x, self.running.tensor = custom_ops.conv_norm(

@@ -413,11 +413,11 @@ def cifar_input(args):
     seconds = alternate({'ours': lambda: batches.batch(0, 3),
                          'peer': lambda: per_image(data.train_images[:64], data.mean, data.std, 0)}, args.rounds)
     side = Side('our_waiting')
-    waiting = side.answer['waiting']
-    side.end()
+    waiting, memory = side.answer['waiting'], side.end()
     return [{'what': 'CIFAR training pictures, batch 64', 'unit': 'images/s', 'ours': 64 / seconds['ours'],
              'peer': 64 / seconds['peer'], 'peer is': 'picture by picture, numpy', 'ratio': seconds['ours'] / seconds['peer']},
-            {'what': 'first-order search, batch 16: waiting for input', 'unit': '%', 'ours': waiting}]
+            {'what': 'first-order search, batch 16: waiting for input', 'unit': '%', 'ours': waiting},
+            {'what': 'the same, peak memory', 'unit': 'GB', 'ours': memory}]
 
 
 def our_waiting(steps=12):
@@ -503,7 +503,8 @@ def imagenet_input(args):
         {'what': f'ImageNet training pictures, one core ({size:.0f} KB each)', 'unit': 'images/s',
          'ours': count / seconds['train'], 'peer': count / seconds['peer'], 'peer is': 'separate steps, Pillow',
          'ratio': seconds['train'] / seconds['peer']},
-        {'what': 'ImageNet validation pictures, one core', 'unit': 'images/s', 'ours': count / seconds['valid']}]
+        {'what': 'ImageNet validation pictures, one core', 'unit': 'images/s', 'ours': count / seconds['valid']},
+        {'what': 'the process that made all of them, peak memory', 'unit': 'GB', 'ours': utils.peak_memory()}]
 
 
 SIDES = {side.__name__: side for side in (our_search, torch_search, our_training, torch_training, operator_times, our_start,
