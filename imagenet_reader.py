@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff')
 # What a file may be, whatever its name is: Pillow opens formats too that it runs other programs for.
 FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF')
-MOST_PIXELS = 1 << 27                       # twice as many as the largest picture of ImageNet
+MOST_PIXELS = 1 << 26                       # of a picture file; ImageNet's have 61 million at most
 warnings.filterwarnings('ignore', module=r'PIL\b.*')    # of metadata that is damaged, and of large pictures
 
 SIZE, SHORT_SIDE = 224, 256                 # of a picture for the network; to which validation resizes

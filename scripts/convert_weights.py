@@ -113,9 +113,9 @@ def read_state_dict(path):
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing")
     try:
-        if zipfile.is_zipfile(path):           # torch does not look at the checksums; its older format has none
-            trainer.verify_zip(path)
-        state_dict = torch.load(path, map_location='cpu', weights_only=True)
+        # torch's older format has no checksums.
+        source = _verified(path) if zipfile.is_zipfile(path) else path
+        state_dict = torch.load(source, map_location='cpu', weights_only=True)
     except Exception as error:         # torch fails in many ways on a damaged or hostile file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is no file of weights that can be read without executing it: {reason[:200]}") from None
@@ -131,6 +131,20 @@ def read_state_dict(path):
     if sum(value.numel() * value.element_size() for value in state_dict.values()) > os.path.getsize(path):
         raise UserError(f"{path}: its tensors claim to be larger than the file")
     return {name: value.detach().to(torch.float64).numpy() for name, value in state_dict.items()}
+
+
+def _verified(path):
+    """A zip file packed anew, in memory, once its checksums were verified.
+
+    torch does not look at them, and finds in a damaged directory of a zip other content than was verified.
+    """
+    trainer.verify_zip(path)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(packed, 'w') as copy:
+        for member in file.infolist():
+            copy.writestr(member.filename, file.read(member))
+    packed.seek(0)
+    return packed
 
 
 def _is_plain(torch, tensor):

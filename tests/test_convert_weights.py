@@ -4,7 +4,9 @@ What needs torch is skipped without it; the checks of names and shapes do not.
 """
 import os
 import pickle
+import re
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -651,6 +653,15 @@ def test_an_altered_number_in_a_state_dict_is_noticed(tmp_path, torch):
     path.write_bytes(content)
     assert not torch.equal(torch.load(path, weights_only=True)['stem.0.weight'], weights['stem.0.weight'])
     assert 'the checksum of' in refused(path, tmp_path / 'target.npz')
+    # Marked as a folder in the zip's directory a tensor is whatever was in memory.
+    torch.save(weights, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        number = next(k for k, member in enumerate(file.infolist()) if member.filename.endswith('data/0'))
+    at = [match.start() for match in re.finditer(b'PK\x01\x02', bytes(content))][number]
+    content[at + 38] = 0x10                    # external attributes
+    path.write_bytes(content)
+    assert same(convert_weights.from_state_dict(convert_weights.read_state_dict(str(path))), small())
 
 
 def test_a_tensor_that_repeats_what_it_stores_cannot_take_all_memory(tmp_path, torch):
