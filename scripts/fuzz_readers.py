@@ -303,7 +303,7 @@ def text_subjects(folder):
     yield Subject('genotype.json', path, genotypes.dumps(genotypes.DARTS_V2).encode(), read_genotype, False, as_is)
 
     run_folder = os.path.join(folder, 'run')
-    run = trainer.Run(argparse.Namespace(model_save_dir=run_folder, resume=False))
+    run = trainer.Run(argparse.Namespace(model_save_dir=run_folder, resume=False, visualdl=None))
     trainer.log.handlers = [logging.NullHandler()]             # it warns of what is damaged
     run.save({'theta': np.arange(3.0)}, 2, 1, trainer.Meter())
     history = os.path.join(run_folder, 'history.jsonl')

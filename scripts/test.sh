@@ -16,6 +16,8 @@ VENV=.venv-2.6.2 PADDLE_VERSION=2.6.2 bash scripts/setup.sh
 .venv/bin/pip install --quiet pytest ${TORCH:+torch==$TORCH} ${VISUALDL:+visualdl==$VISUALDL}
 .venv-2.6.2/bin/pip install --quiet pytest
 
+# A core for each: threads that wait for one another would hold up the other run.
+export OMP_NUM_THREADS=1
 output=$(mktemp)
 .venv-2.6.2/bin/python -m pytest "$@" >"$output" 2>&1 &
 older=$!

