@@ -250,6 +250,7 @@ def fail():
     (lambda: 'another', 'a wrong result'), (lambda: os._exit(3), 'it ended the process')])
 def test_the_fuzzer_notices_what_a_reader_must_not_do(tmp_path, monkeypatch, fault, reason):
     path, said = tmp_path / 'file', []
+    monkeypatch.setattr(fuzz_readers, 'MOST_MEMORY', 256)
     monkeypatch.setattr(fuzz_readers, 'MOST_SECONDS', 0.5 if fault is spin else 5)
 
     def read():
