@@ -210,9 +210,10 @@ class Fused:
         self.layout, self.by_paddle = layout, make()
         self.attributes = dict(stages=stages, stride=stride, dilation=dilation)
         self.convolutions = [block for block in layout.blocks[first:] if block.tail]
-        # Of the tails of convolutions (1, k, k) stands for a depthwise one.
-        *convolutions, self.affine = [bundle for _, bundle in sorted(layout.bundles(first).items(), reverse=True)]
-        self.pointwise, *self.depthwise = convolutions
+        bundles = layout.bundles(first)
+        self.affine = bundles.pop(())
+        self.depthwise = next((bundles.pop(tail) for tail in list(bundles) if tail[0] == 1), None)       # (1, k, k)
+        self.pointwise, = bundles.values()
         self.running = layout.statistics.bundles(first_statistic)[()]
 
     def __call__(self, x, mask=None):
@@ -220,7 +221,7 @@ class Fused:
         if not custom_ops.enabled():
             return masked(self.by_paddle(x), mask)
         # While training the operator gives the new running statistics.
-        depthwise = self.depthwise[0].tensor if self.depthwise else constant([1, 1, 1, 1], 1.0, x.dtype, trainable=True)
+        depthwise = self.depthwise.tensor if self.depthwise else constant([1, 1, 1, 1], 1.0, x.dtype, trainable=True)
         x, self.running.tensor = custom_ops.conv_norm(
             x, depthwise, self.pointwise.tensor, self.affine.tensor, self.running.tensor, mask, **self.attributes,
             training=self.layout.training, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)

@@ -11,7 +11,7 @@ from collections import namedtuple
 import numpy as np
 import paddle
 
-from utils import UserError
+from utils import UserError, in_pir_mode
 
 paddle.enable_static()
 
@@ -319,7 +319,7 @@ def _simplify(program):
     incoming gradient once a summand; the executor's preparation grows faster than the number of
     operators.
     """
-    if not hasattr(paddle.framework, 'in_pir_mode') or not paddle.framework.in_pir_mode():
+    if not in_pir_mode():
         return
     paddle.base.libpaddle.pir.apply_cse_pass(program)
     block = program.global_block()

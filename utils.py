@@ -201,6 +201,12 @@ def find_place(use_gpu):
     return paddle.CPUPlace()
 
 
+def in_pir_mode():
+    """Whether the program under construction is in Paddle 3's intermediate representation."""
+    import paddle
+    return hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode()
+
+
 def cores():
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -16,6 +16,8 @@ import tempfile
 
 import paddle
 
+import utils
+
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -77,7 +79,7 @@ def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_g
 
 def _build(operator, inputs, outputs, attributes):
     """Puts an operator into the program under construction, -> its outputs."""
-    if in_pir_mode():
+    if utils.in_pir_mode():
         return paddle._C_ops._run_custom_op(operator, *inputs.values(), *attributes.values())
     from paddle.base.layer_helper import LayerHelper
     helper = LayerHelper(operator)
@@ -86,13 +88,7 @@ def _build(operator, inputs, outputs, attributes):
     return list(outputs.values())
 
 
-def in_pir_mode():
-    """Whether Paddle keeps programs in its intermediate representation (from 3.0 on)."""
-    return hasattr(paddle.framework, 'in_pir_mode') and paddle.framework.in_pir_mode()
-
-
 def _load():
-    import utils                       # not at the top: the compilation runs this file without the project around it
     if not _state['loaded']:
         path = library_path()
         if not os.path.isfile(path):
@@ -144,7 +140,7 @@ def compile_to(path):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            done = subprocess.run([sys.executable, os.path.abspath(__file__), folder], text=True,
+            done = subprocess.run([sys.executable, '-m', 'custom_ops', os.path.abspath(folder)], cwd=os.path.dirname(HERE), text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             library = os.path.join(folder, 'darts_ops', 'darts_ops.so')
             if done.returncode or not os.path.isfile(library):
@@ -154,9 +150,3 @@ def compile_to(path):
     except OSError as error:
         return f"they could not be kept in {os.path.dirname(path)} ({error.strerror or error})"
     return None
-
-
-if __name__ == '__main__':
-    from paddle.utils import cpp_extension
-    cpp_extension.load(name='darts_ops', sources=SOURCES, extra_cxx_cflags=FLAGS, extra_ldflags=['-fopenmp'],
-                       build_directory=sys.argv[1])

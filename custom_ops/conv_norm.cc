@@ -30,7 +30,7 @@ class ConvNorm {
     {
       Scratch<T> scratch;
       scratch.reserve(room() + inner_room());
-      T *padded = zeros(scratch, room()), *inner = zeros(scratch, inner_room());
+      T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room());
       for (int stage = 0; stage < stages_; ++stage) {
         const Separable<T, L, K> convolution(geometry(stage), dilation_, c_);
         const T *weight = depthwise + stage * c_ * K * K, *product = pointwise + stage * c_ * c_;
@@ -88,8 +88,8 @@ class ConvNorm {
       const int64_t in_size = std::max({c_in_ * (first_.stride == 1 ? first_.step : first_.plane), c_ * second_.step});
       const int64_t border = std::max(first_.plane, second_.plane);
       scratch.reserve(room() + 2 * inner_room() + 2 * c_ * first_.step + in_size + border);
-      T *padded = zeros(scratch, room()), *inner = zeros(scratch, inner_room()), *d = zeros(scratch, c_ * first_.step);
-      T *inner_gradient = scratch.take(inner_room()), *gradient = zeros(scratch, c_ * first_.step);
+      T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room()), *d = scratch.zeros(c_ * first_.step);
+      T *inner_gradient = scratch.take(inner_room()), *gradient = scratch.zeros(c_ * first_.step);
       T *in_gradient = scratch.take(in_size), *bordered = scratch.take(border);
       for (int stage = stages_ - 1; stage >= 0; --stage) {
         const bool last = stage == stages_ - 1;
@@ -169,11 +169,6 @@ class ConvNorm {
   const Geometry& geometry(int stage) const { return stage == 0 ? first_ : second_; }
   int64_t room() const { return K == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
   int64_t inner_room() const { return c_in_ * first_.step; }
-  static T* zeros(Scratch<T>& scratch, int64_t size) {
-    T* room = scratch.take(size);
-    std::fill(room, room + size, T(0));
-    return room;
-  }
   // What the convolution of a stage reads: with a kernel, padded planes; without, planes first_.step apart in `inner`.
   void prepare(int stage, int64_t n, const T* x, const T* saved, const T* affine, const T* statistics, T* padded,
                T* inner) const {

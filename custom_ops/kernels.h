@@ -106,6 +106,11 @@ class Scratch {
     next_ += size;
     return start;
   }
+  T* zeros(int64_t size) {
+    T* start = take(size);
+    std::fill(start, start + size, T(0));
+    return start;
+  }
 
  private:
   static thread_local std::vector<T> room_;

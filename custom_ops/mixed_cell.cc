@@ -50,17 +50,8 @@ class MixedCell {
         inputs_(Geometry::of<T>(x.shape()[2], x.shape()[3], reduction ? 2 : 1, 4, L)),
         nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 4, L)),
         second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 2, L)),
-        size_(nodes_.size), count_(n_ * nodes_.h * nodes_.w), inverse_counts_(size_, 0) {
-    for (int64_t i = 0; i < nodes_.h; ++i)
-      for (int64_t j = 0; j < nodes_.w; ++j) {
-        const int64_t s = inputs_.stride;            // windows of later states have the same counts where it is 1
-        inverse_counts_[i * nodes_.out_row + j] = T(1) / (inside(i, s, inputs_.h) * inside(j, s, inputs_.w));
-      }
-    if (reduction)
-      for (int64_t i = 0; i < nodes_.h; ++i)
-        for (int64_t j = 0; j < nodes_.w; ++j)
-          node_inverse_counts_.push_back(T(1) / (inside(i, 1, nodes_.h) * inside(j, 1, nodes_.w)));
-  }
+        size_(nodes_.size), count_(n_ * nodes_.h * nodes_.w), input_counts_(inverse_counts(inputs_)),
+        node_counts_(inverse_counts(nodes_)) {}
 
   // Planes of one image in `saved`: the results of all convolutions before their BN, then the pools'.
   static int64_t planes(int64_t channels, bool reduction) {
@@ -76,8 +67,8 @@ class MixedCell {
     {
       Scratch<T> scratch;
       scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pool_room() + size_);
-      T *from_inputs = zeros(scratch, c_ * inputs_.plane), *from_nodes = zeros(scratch, c_ * nodes_.plane);
-      T *between = zeros(scratch, c_ * second_.plane), *inner = scratch.take(c_ * nodes_.step);
+      T *from_inputs = scratch.zeros(c_ * inputs_.plane), *from_nodes = scratch.zeros(c_ * nodes_.plane);
+      T *between = scratch.zeros(c_ * second_.plane), *inner = scratch.take(c_ * nodes_.step);
       T *total = scratch.take(size_), *bordered = scratch.take(pool_room());
       for (int g = 0; g < kGroups; ++g) {
         const Group& group = kGroup[g];
@@ -212,12 +203,12 @@ class MixedCell {
       Scratch<T> scratch;
       scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + 3 * nodes_.step) + in_size + inputs_.plane +
                       nodes_.plane + second_.plane + 2 * pool_room() + 3 * size_ + in_plane);
-      T *from_inputs = zeros(scratch, c_ * inputs_.plane), *from_nodes = zeros(scratch, c_ * nodes_.plane);
-      T *between = zeros(scratch, c_ * second_.plane);
+      T *from_inputs = scratch.zeros(c_ * inputs_.plane), *from_nodes = scratch.zeros(c_ * nodes_.plane);
+      T *between = scratch.zeros(c_ * second_.plane);
       T *inner = scratch.take(c_ * nodes_.step), *inner_gradient = scratch.take(c_ * nodes_.step);
-      T *convolved = zeros(scratch, c_ * nodes_.step), *in_gradient = scratch.take(in_size);
-      T *inputs_bordered = zeros(scratch, inputs_.plane), *nodes_bordered = zeros(scratch, nodes_.plane);
-      T *second_bordered = zeros(scratch, second_.plane), *bordered = scratch.take(pool_room());
+      T *convolved = scratch.zeros(c_ * nodes_.step), *in_gradient = scratch.take(in_size);
+      T *inputs_bordered = scratch.zeros(inputs_.plane), *nodes_bordered = scratch.zeros(nodes_.plane);
+      T *second_bordered = scratch.zeros(second_.plane), *bordered = scratch.take(pool_room());
       T *bordered_gradient = scratch.take(pool_room()), *max_gradient = scratch.take(size_);
       T *mean_pool_gradient = scratch.take(size_), *open = scratch.take(size_), *raw = scratch.take(in_plane);
 #pragma omp for schedule(static)
@@ -449,11 +440,6 @@ class MixedCell {
   static int64_t inside(int64_t i, int64_t stride, int64_t size) {
     return std::min(i * stride + 1, size - 1) - std::max<int64_t>(i * stride - 1, 0) + 1;
   }
-  static T* zeros(Scratch<T>& scratch, int64_t size) {
-    T* room = scratch.take(size);
-    std::fill(room, room + size, T(0));
-    return room;
-  }
 
   // Where the weights lie. Depthwise: group by group, in each the three convolutions of one kernel size (both of the
   // separable one, the dilated one), in each its edges. Pointwise alike, with six and at the end of the first group
@@ -543,10 +529,15 @@ class MixedCell {
     std::fill(to, to + row * (g.h + 2), value);
     for (int64_t i = 0; i < g.h; ++i) std::memcpy(to + (i + 1) * row + 1, x + i * g.w, g.w * sizeof(T));
   }
-  const T* inverse_counts(const Geometry& g) const {
-    return reduction_ && g.stride == 1 ? node_inverse_counts_.data() : inverse_counts_.data();
+  // 1 / the number of places that a window has inside of the plane, for all places of an output plane.
+  static std::vector<T> inverse_counts(const Geometry& g) {
+    std::vector<T> inverse(g.size, 0);
+    for (int64_t i = 0; i < g.out_h; ++i)
+      for (int64_t j = 0; j < g.out_w; ++j)
+        inverse[i * g.out_row + j] = T(1) / (inside(i, g.stride, g.h) * inside(j, g.stride, g.w));
+    return inverse;
   }
-  int64_t inverse_row(const Geometry& g) const { return reduction_ && g.stride == 1 ? g.w : g.out_row; }
+  const T* counts(const Geometry& g) const { return (&g == &inputs_ ? input_counts_ : node_counts_).data(); }
   void pool(const Geometry& g, const T* x, T* bordered, T* max, T* mean) const {
     if (g.stride == 1) pool_with<1>(g, x, bordered, max, mean);
     else pool_with<2>(g, x, bordered, max, mean);
@@ -568,7 +559,7 @@ class MixedCell {
     border(g, x, T(0), bordered);
     for (int64_t i = 0; i < g.out_h; ++i) {
       T* to = mean + i * g.out_row;
-      const T* inverse = inverse_counts(g) + i * inverse_row(g);
+      const T* inverse = counts(g) + i * g.out_row;
       std::fill(to, to + g.out_row, T(0));
       for (int k = 0; k < 9; ++k) {
         const T* from = bordered + (i * S + k / 3) * row + k % 3;
@@ -613,7 +604,7 @@ class MixedCell {
     border(g, x, -std::numeric_limits<T>::infinity(), bordered);
     std::fill(bordered_gradient, bordered_gradient + row * (g.h + 2), T(0));
     for (int64_t i = 0; i < g.out_h; ++i) {
-      const T *top = max + i * g.out_row, *d = max_gradient + i * g.out_row, *inverse = inverse_counts(g) + i * inverse_row(g);
+      const T *top = max + i * g.out_row, *d = max_gradient + i * g.out_row, *inverse = counts(g) + i * g.out_row;
       T* share = mean_gradient + i * g.out_row;
 #pragma omp simd
       for (int64_t j = 0; j < g.out_w; ++j) share[j] *= inverse[j], open[j] = 1;
@@ -638,7 +629,7 @@ class MixedCell {
   const double epsilon_;
   const Geometry inputs_, nodes_, second_;       // of states 0 and 1, of the nodes, between both halves of a sep_conv
   const int64_t size_, count_;                   // of a saved plane; how many numbers a normalisation is over
-  std::vector<T> inverse_counts_, node_inverse_counts_;
+  const std::vector<T> input_counts_, node_counts_;
 };
 
 std::vector<Tensor> Forward(const Tensor& x, const Tensor& depthwise3, const Tensor& depthwise5, const Tensor& pointwise,

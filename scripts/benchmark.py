@@ -1,6 +1,6 @@
 """Measures this project against a peer, both in turns in the same run: medians and ratios.
 
-    python scripts/benchmark.py                            # all parts, about an hour on two cores
+    python scripts/benchmark.py                            # all parts
     python scripts/benchmark.py start                      # --full: at the size of the search too, ten minutes more
     python scripts/benchmark.py search_step --batch_size 16 64
     python scripts/benchmark.py cifar_input imagenet_input --rounds 9 --json
@@ -98,8 +98,8 @@ def random_batches(batch_size):
             for _ in range(2)]
 
 
-def our_search(batch_size, unrolled, weights, channels=CHANNELS, layers=LAYERS):
-    """The supernet and one step of the search; its weights and alpha go to the file `weights`."""
+def make_search(channels=CHANNELS, layers=LAYERS, unrolled=True):
+    """-> a Supernet with this project's operators, and step(train, valid): one step of its search, on feeds."""
     import custom_ops
     from architect import Architect
     from model_search import Supernet
@@ -108,16 +108,23 @@ def our_search(batch_size, unrolled, weights, channels=CHANNELS, layers=LAYERS):
     supernet = Supernet(channels, 10, layers)
     optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
     architect = Architect(supernet, optimizer, unrolled=unrolled)
+
+    def step(train, valid):
+        architect.update(train, valid, 0.025)
+        supernet.run(train)
+        optimizer.step(0.025)
+    return supernet, step
+
+
+def our_search(batch_size, unrolled, weights, channels=CHANNELS, layers=LAYERS):
+    """The supernet and one step of the search; its weights and alpha go to the file `weights`."""
+    supernet, search = make_search(channels, layers, unrolled)
     np.savez(weights, **supernet.weights(), **supernet.alphas())
     train, valid = random_batches(batch_size)
     result = supernet.gradients(*train)
 
-    def step():
-        feeds = supernet.feed(*train), supernet.feed(*valid)
-        architect.update(*feeds, 0.025)
-        supernet.run(feeds[0])
-        optimizer.step(0.025)
-    serve({'loss': result.loss, 'alphas_normal': result.alphas['alphas_normal'].tolist()}, step)
+    serve({'loss': result.loss, 'alphas_normal': result.alphas['alphas_normal'].tolist()},
+          lambda: search(supernet.feed(*train), supernet.feed(*valid)))
 
 
 def torch_search(batch_size, unrolled, weights, layout):
@@ -306,13 +313,7 @@ def operator_times(batch_size, channels, layers):
 
 def our_start(channels, layers):
     """From the start of the process to the end of the first run of all programs of a second-order search."""
-    import custom_ops
-    from architect import Architect
-    from model_search import Supernet
-    from parameters import MomentumSGD
-    custom_ops.enable()
-    supernet = Supernet(channels, 10, layers)
-    Architect(supernet, MomentumSGD(supernet.store, 0.9, 3e-4, 5.0))
+    supernet, _ = make_search(channels, layers)
     supernet.store.warm_up()
     seconds, batch = utils.seconds_since_start(), random_batches(2)[0]
     serve({'seconds': seconds, 'operators': supernet.store.operators, 'loss': supernet.run(supernet.feed(*batch)).loss}, None)
@@ -355,13 +356,12 @@ def start(args):
 def count_launches(program):
     """Operators of a program that compute something on the device: not constants, views and bookkeeping."""
     free = {'full', 'full_int_array', 'fill_constant', 'reshape', 'reshape_', 'reshape2', 'reshape2_grad', 'data', 'feed',
-            'fetch', 'parameter', 'set_parameter', 'shadow_output', 'constant', 'combine', 'split', 'shape', 'shape64',
-            'flatten', 'unsqueeze', 'squeeze', 'unsqueeze2', 'squeeze2', 'share_data'}
+            'fetch', 'shape', 'shape64', 'flatten', 'unsqueeze', 'squeeze', 'unsqueeze2', 'squeeze2', 'share_data'}
     names = []
     for operator in program.global_block().ops:
         name = operator.name() if callable(getattr(operator, 'name', None)) else operator.type
         kind, _, name = name.rpartition('.')
-        if kind != 'builtin' and (name == 'split' or name not in free):
+        if kind != 'builtin' and name not in free:
             names.append(name)
     return len(names)
 
@@ -372,11 +372,10 @@ def launches(args):
     from edge_by_edge import EdgeByEdge
     from model_search import Supernet
     supernet = Supernet(CHANNELS, 10, LAYERS)            # Paddle's own operators: those of a GPU
-    architect = Architect(supernet)
+    Architect(supernet)
     one_pass = count_launches(supernet._run.program)
     vectors = sum(count_launches(function.program) for function in supernet.store.functions) - one_pass - count_launches(
         supernet._evaluate.program)
-    del architect
     peer = count_launches(EdgeByEdge(CHANNELS, 10, LAYERS).program)
     # Five passes a step on both sides; the peer's vector arithmetic, an operator or more a weight, is left out.
     return [{'what': 'launches of a pass', 'unit': '', 'ours': one_pass, 'peer': peer, 'peer is': 'edge by edge',
@@ -422,19 +421,12 @@ def cifar_input(args):
 
 def our_waiting(steps=12):
     """The part of first-order steps, the shortest, that waits for the two batches; in per cent."""
-    import custom_ops
-    from architect import Architect
-    from model_search import Supernet
-    from parameters import MomentumSGD
-    custom_ops.enable()
     data = reader.load('fashion_mnist_sample')
     common = dict(batch_size=16, mean=data.mean, std=data.std, seed=0)
     train = reader.Batches(data.train_images, data.train_labels, shuffle=True, augment=True, cutout_length=16, drop_last=True,
                            **common)
     valid = reader.Batches(data.test_images, data.test_labels, shuffle=False, **common)
-    supernet = Supernet(CHANNELS, 10, LAYERS)
-    optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
-    architect = Architect(supernet, optimizer, unrolled=False)
+    supernet, search = make_search(unrolled=False)
     supernet.store.warm_up()
     ahead = reader.prefetch(lambda step: (train.batch(0, step), valid.random_batch(0, step)), range(steps), 2)
     began, waited = time.perf_counter(), 0.0
@@ -442,10 +434,7 @@ def our_waiting(steps=12):
         asked = time.perf_counter()
         halves = next(ahead)
         waited += time.perf_counter() - asked
-        feeds = [supernet.feed(*half) for half in halves]
-        architect.update(*feeds, 0.025)
-        supernet.run(feeds[0])
-        optimizer.step(0.025)
+        search(*(supernet.feed(*half) for half in halves))
     serve({'waiting': 100 * waited / (time.perf_counter() - began)}, None)
 
 

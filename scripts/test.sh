@@ -6,8 +6,7 @@
 #   TORCH=2.13.0 bash scripts/test.sh                 # with the comparisons with PyTorch, which is installed too
 #   VISUALDL=2.5.3 bash scripts/test.sh               # with the tests of --visualdl, the same
 #
-# Both versions are tested at the same time: either run keeps about one core busy. That of 2.6.2 is shown
-# when it has ended.
+# Both versions are tested at the same time, with a core each. The run of 2.6.2 is shown when it has ended.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
