@@ -52,8 +52,9 @@ def without():
 def conv_norm(x, depthwise, pointwise, affine, running, mask, stages, stride, dilation, training, epsilon, momentum):
     """ReLU, depthwise k x k (padding dilation * (k // 2)), pointwise, batch normalisation, as one operator.
 
-    x [N, C_in, H, W]; depthwise [C, 1, k, k] with k of 3, 5, 7, or [1, 1, 1, 1] for none; pointwise [C, C_in, 1, 1]; affine
-    [2 * C]: scale, shift; running [2 * C]: mean, variance; mask: None, or [N, 1, 1, 1] that the result is multiplied by.
+    x [N, C_in, H, W]; depthwise [C, 1, k, k] with k of 3, 5, 7, or [1, 1, 1, 1] for none; pointwise
+    [C, C_in, 1, 1]; affine [2 * C]: scale, shift; running [2 * C]: mean, variance; mask: None, or [N, 1, 1, 1] that
+    the result is multiplied by.
     With stages 2 the whole is repeated with stride 1, its weights behind those of the first. training: whether to
     normalise by the batch and to move the running statistics. -> the result [N, C, H', W'] and the running statistics.
     """
@@ -67,13 +68,13 @@ def conv_norm(x, depthwise, pointwise, affine, running, mask, stages, stride, di
 def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_gradients, epsilon):
     """All mixed operations of a cell of the supernet, as model_search.Cell builds them otherwise, as one operator.
 
-    x [N, 2 * C, H, W]: both input states; depthwise3 [14 * 3 * C, 1, 3, 3], depthwise5 [14 * 3 * C, 1, 5, 5], pointwise
-    [14 * 6 * C, C, 1, 1] (in a reduction cell 8 * C more): its weights in the order of README.md; mixing [14, 8]: softmax
-    of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the batch normalisations;
+    x [N, 2 * C, H, W]: both input states; depthwise3 [14 * 3 * C, 1, 3, 3], depthwise5 [14 * 3 * C, 1, 5, 5],
+    pointwise [14 * 6 * C, C, 1, 1] (in a reduction cell 8 * C more): its weights in the order of README.md; mixing
+    [14, 8]: softmax of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the batch normalisations;
     -> the four nodes [N, 4 * C, H', W'].
     """
-    return _build('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5, 'Pointwise': pointwise,
-                                       'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],
+    return _build('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5,
+                                       'Pointwise': pointwise, 'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],
                   {'reduction': reduction, 'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
 
 
@@ -92,7 +93,7 @@ def _load():
     if not _state['loaded']:
         path = library_path()
         if not os.path.isfile(path):
-            log.info("compiling the operators for this machine (once, about 20 seconds; --custom_ops False does without)")
+            log.info("compiling the operators for this machine (once, about 40 seconds; --custom_ops False does without)")
             reason = compile_to(path)
             if reason:
                 log.warning(f"without operators of its own, the search and the training are slower: {reason}")
@@ -140,8 +141,8 @@ def compile_to(path):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            done = subprocess.run([sys.executable, '-m', 'custom_ops', os.path.abspath(folder)], cwd=os.path.dirname(HERE), text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, '-m', 'custom_ops', os.path.abspath(folder)], text=True,
+                                  cwd=os.path.dirname(HERE), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             library = os.path.join(folder, 'darts_ops', 'darts_ops.so')
             if done.returncode or not os.path.isfile(library):
                 lines = [line for line in done.stdout.splitlines() if 'rror' in line] or done.stdout.splitlines()

@@ -271,7 +271,8 @@ def growth(args):
     for name, values in (('batch_size', (16, 32, 64)), ('channels', (8, 32)), ('layers', (5, 11))):
         for value in values:
             with tempfile.TemporaryDirectory() as folder:
-                side = Side('our_search', unrolled=True, weights=os.path.join(folder, 'weights.npz'), **dict(base, **{name: value}))
+                side = Side('our_search', unrolled=True, weights=os.path.join(folder, 'weights.npz'),
+                            **dict(base, **{name: value}))
                 seconds = alternate_sides({'ours': side}, args.rounds)['ours']
                 memory = side.end()
             rows += [{'what': f'search step, {name} {value}, time', 'unit': 's', 'ours': seconds},
@@ -299,7 +300,8 @@ def operator_times(batch_size, channels, layers):
 
     def add(event):
         if event.type == paddle.base.core.TracerEventType.Operator:
-            times[event.name.replace('custom_op.', '').replace('pd_op.', '').rstrip('_')] += event.end_ns - event.start_ns
+            name = event.name.replace('custom_op.', '').replace('pd_op.', '').rstrip('_')
+            times[name] += event.end_ns - event.start_ns
         for each in event.children_node:
             add(each)
     for events in watch.profiler_result.get_data().values():
@@ -316,7 +318,8 @@ def our_start(channels, layers):
     supernet, _ = make_search(channels, layers)
     supernet.store.warm_up()
     seconds, batch = utils.seconds_since_start(), random_batches(2)[0]
-    serve({'seconds': seconds, 'operators': supernet.store.operators, 'loss': supernet.run(supernet.feed(*batch)).loss}, None)
+    loss = supernet.run(supernet.feed(*batch)).loss
+    serve({'seconds': seconds, 'operators': supernet.store.operators, 'loss': loss}, None)
 
 
 def edge_by_edge_start(channels, layers):
@@ -374,8 +377,8 @@ def launches(args):
     supernet = Supernet(CHANNELS, 10, LAYERS)            # Paddle's own operators: those of a GPU
     Architect(supernet)
     one_pass = count_launches(supernet._run.program)
-    vectors = sum(count_launches(function.program) for function in supernet.store.functions) - one_pass - count_launches(
-        supernet._evaluate.program)
+    passes = (supernet._run, supernet._evaluate)
+    vectors = sum(count_launches(function.program) for function in supernet.store.functions if function not in passes)
     peer = count_launches(EdgeByEdge(CHANNELS, 10, LAYERS).program)
     # Five passes a step on both sides; the peer's vector arithmetic, an operator or more a weight, is left out.
     return [{'what': 'launches of a pass', 'unit': '', 'ours': one_pass, 'peer': peer, 'peer is': 'edge by edge',
@@ -414,7 +417,8 @@ def cifar_input(args):
     side = Side('our_waiting')
     waiting, memory = side.answer['waiting'], side.end()
     return [{'what': 'CIFAR training pictures, batch 64', 'unit': 'images/s', 'ours': 64 / seconds['ours'],
-             'peer': 64 / seconds['peer'], 'peer is': 'picture by picture, numpy', 'ratio': seconds['ours'] / seconds['peer']},
+             'peer': 64 / seconds['peer'], 'peer is': 'picture by picture, numpy',
+             'ratio': seconds['ours'] / seconds['peer']},
             {'what': 'first-order search, batch 16: waiting for input', 'unit': '%', 'ours': waiting},
             {'what': 'the same, peak memory', 'unit': 'GB', 'ours': memory}]
 
@@ -423,8 +427,8 @@ def our_waiting(steps=12):
     """The part of first-order steps, the shortest, that waits for the two batches; in per cent."""
     data = reader.load('fashion_mnist_sample')
     common = dict(batch_size=16, mean=data.mean, std=data.std, seed=0)
-    train = reader.Batches(data.train_images, data.train_labels, shuffle=True, augment=True, cutout_length=16, drop_last=True,
-                           **common)
+    train = reader.Batches(data.train_images, data.train_labels, shuffle=True, augment=True, cutout_length=16,
+                           drop_last=True, **common)
     valid = reader.Batches(data.test_images, data.test_labels, shuffle=False, **common)
     supernet, search = make_search(unrolled=False)
     supernet.store.warm_up()
@@ -496,9 +500,10 @@ def imagenet_input(args):
         {'what': 'the process that made all of them, peak memory', 'unit': 'GB', 'ours': utils.peak_memory()}]
 
 
-SIDES = {side.__name__: side for side in (our_search, torch_search, our_training, torch_training, operator_times, our_start,
-                                          edge_by_edge_start, our_waiting)}
-PARTS = {part.__name__: part for part in (start, search_step, training_step, cifar_input, imagenet_input, growth, launches)}
+SIDES = {side.__name__: side for side in (our_search, torch_search, our_training, torch_training, operator_times,
+                                          our_start, edge_by_edge_start, our_waiting)}
+PARTS = {part.__name__: part for part in (start, search_step, training_step, cifar_input, imagenet_input, growth,
+                                          launches)}
 
 
 def main():
@@ -509,7 +514,8 @@ def main():
                         help='of the steps of the search (%(default)s)')
     parser.add_argument('--compile', action='store_true',
                         help='steps: try torch.compile too, which takes many minutes to compile a supernet')
-    parser.add_argument('--full', action='store_true', help='start: the size of the search edge by edge too (ten minutes)')
+    parser.add_argument('--full', action='store_true',
+                        help='start: the size of the search edge by edge too (ten minutes)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--side', choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument('--settings', type=json.loads, help=argparse.SUPPRESS)

@@ -15,7 +15,9 @@ import pytest
 import custom_ops
 import make_sample
 import reader
+from genotypes import PRIMITIVES
 from model_search import Supernet
+from operations import BN_EPSILON, batch_norm, max_pool
 from parameters import Function, Store
 from runs import ROOT, run_well
 
@@ -120,6 +122,46 @@ def test_the_cell_of_the_supernet_in_single_precision():
     for name, gradient in {**expected.weights, **expected.alphas}.items():
         difference = np.abs({**found.weights, **found.alphas}[name] - gradient).max()
         assert difference < 2e-5 * max(1e-2, np.abs(gradient).max()), name
+
+
+@pytest.mark.parametrize('reduction', [False, True])
+def test_of_equal_maxima_the_first_gets_the_gradient(reduction):
+    """A cell of max pools alone, on whole numbers, where most windows have several maxima."""
+    rng, channels, size = np.random.default_rng(0), 2, 16
+    out = size // 2 if reduction else size
+    values = {'x': rng.geometric(0.3, (3, 2 * channels, size, size)).astype('float64'),
+              'direction': rng.normal(size=(3, 4 * channels, out, out))}
+    mixing = np.eye(8)[[PRIMITIVES.index('max_pool_3x3')] * 14]
+
+    def by_paddle(x):
+        states = paddle.split(x, 2, axis=1)
+        for node in range(4):
+            pooled = [max_pool(state, 2 if reduction and number < 2 else 1) for number, state in enumerate(states)]
+            states.append(paddle.add_n([batch_norm(each) for each in pooled]))
+        return paddle.concat(states[2:], axis=1)
+
+    def by_one_operator(x):
+        edges = 14 * channels
+        weights = [paddle.full(shape, 0.1, x.dtype) for shape in (
+            [3 * edges, 1, 3, 3], [3 * edges, 1, 5, 5], [6 * edges + 8 * channels * reduction, channels, 1, 1])]
+        for weight in weights:
+            weight.stop_gradient = False
+        table = paddle.assign(mixing).astype(x.dtype)          # 2.6 makes it float32
+        table.stop_gradient = False
+        return custom_ops.mixed_cell(x, *weights, table, reduction, True, BN_EPSILON)
+
+    results = []
+    for function in (by_one_operator, by_paddle):
+        store = Store(paddle.CPUPlace(), 'float64')
+
+        def build():
+            x, direction = (store.input(name, list(array.shape)) for name, array in values.items())
+            x.stop_gradient = False
+            result = function(x)
+            return [result, *paddle.static.gradients([paddle.sum(result * direction)], [x])]
+        results.append(Function(store, build)(**values))
+    for ours, expected in zip(*results):
+        assert np.abs(ours - expected).max() < 1e-10 * np.abs(expected).max()
 
 
 def test_a_call_repeats_itself_to_the_bit():
