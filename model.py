@@ -4,14 +4,12 @@
 (statistics of the batch, drop path, auxiliary head) and one that evaluates (running statistics). All
 weights are one vector theta, all running statistics another, named as in the authors' PyTorch code.
 """
-import itertools
-
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
 import custom_ops
-from operations import BatchNorm, conv, drop_path_masks, linear, operation, preprocess
+from operations import BN_EPSILON, BN_MOMENTUM, BatchNorm, conv, drop_path_masks, linear, operation, preprocess
 from parameters import Evaluation, FlatNetwork, Function, Layout
 from utils import UserError
 
@@ -19,27 +17,61 @@ AUXILIARY = 'auxiliary_head.'               # the first part of the names of its
 
 
 class Cell:
-    """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W']."""
+    """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W'].
+
+    One operator where custom_ops has it, else the operators of Paddle.
+    """
 
     def __init__(self, layout, genotype, prefix, c_prev_prev, c_prev, channels, reduction, reduction_prev):
+        self.layout, first, first_statistic = layout, len(layout.blocks), len(layout.statistics.blocks)
         self.preprocess0 = preprocess(layout, f'{prefix}.preprocess0', c_prev_prev, channels, reduction_prev)
         self.preprocess1 = preprocess(layout, f'{prefix}.preprocess1', c_prev, channels, False)
-        edges, self.concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
-                              (genotype.normal, genotype.normal_concat))
-        self.edges = []                     # (operation, state, whether drop path may drop it), two a node
-        for n, (name, state) in enumerate(edges):
-            stride = 2 if reduction and state < 2 else 1
-            self.edges.append((operation(name, layout, f'{prefix}._ops.{n}', channels, stride), state,
-                               name != 'skip_connect' or stride == 2))
-        self.channels_out = len(self.concat) * channels
+        last_preprocess = len(layout.blocks)
+        edges, concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
+                         (genotype.normal, genotype.normal_concat))
+        names, self.states = zip(*edges)
+        strides = [2 if reduction and state < 2 else 1 for state in self.states]
+        self.operations = [operation(name, layout, f'{prefix}._ops.{n}', channels, stride)
+                           for n, (name, stride) in enumerate(zip(names, strides))]
+        # Whether drop path may drop the edge.
+        self.droppable = [name != 'skip_connect' or stride == 2 for name, stride in zip(names, strides)]
+        self.concat, self.channels_out = concat, len(concat) * channels
+        self.attributes = dict(operations=names, states=self.states, concat=concat, channels=channels, reduction=reduction,
+                               reduction_prev=reduction_prev)
+        # For the operator: the weights in the order of their declaration, one tensor for each shape of kernel.
+        self.weights = self.running = None
+        if custom_ops.OPERATIONS.issuperset(names):
+            self.weights = list(layout.bundles(first).values())
+            self.running, = layout.statistics.bundles(first_statistic).values()
+        self.input_kernels, self.edge_kernels = (
+            [block for block in blocks if block.tail]
+            for blocks in (layout.blocks[first:last_preprocess], layout.blocks[last_preprocess:]))
 
-    def __call__(self, s0, s1, masks):
-        """masks: drop path's, one for every edge but the identities, or Nones."""
+    def __call__(self, s0, s1, masks=None):
+        """masks: None, or drop path's [N, edges other than identities, 1, 1]."""
+        if self.weights and custom_ops.enabled():
+            return self._as_one_operator(s0, s1, masks)
+        masks = iter([] if masks is None else paddle.split(masks, masks.shape[1], axis=1))
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for node in zip(self.edges[::2], self.edges[1::2]):
-            one, other = (op(states[state], next(masks) if droppable else None) for op, state, droppable in node)
-            states.append(one + other)
+        results = []
+        for operate, state, droppable in zip(self.operations, self.states, self.droppable):
+            mask = next(masks, None) if droppable else None
+            result = operate(states[state])
+            results.append(result if mask is None else result * mask)
+            if len(results) == 2:
+                states.append(results[0] + results[1])
+                results = []
         return paddle.concat([states[i] for i in self.concat], axis=1)
+
+    def _as_one_operator(self, s0, s1, masks):
+        # While training the operator gives the new running statistics.
+        x, self.running.tensor = custom_ops.discrete_cell(
+            s0, s1, self.running.tensor, masks, [bundle.tensor for bundle in self.weights], **self.attributes,
+            training=self.layout.training, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)
+        for blocks, image in ((self.input_kernels, s1), (self.edge_kernels, x)):
+            for block in blocks:
+                block.uses += image.shape[2] * image.shape[3]
+        return x
 
 
 class AuxiliaryHead:
@@ -147,7 +179,7 @@ class Network(FlatNetwork):
         """The program of an evaluation, -> [loss, top-1, top-5, logits]."""
         images, labels = self._inputs()
         self._unpack(self.store.variable('theta'), training=False)
-        logits, _ = self._logits(images, masks=itertools.repeat(None))
+        logits, _ = self._logits(images)
         return [F.cross_entropy(logits, labels), *self._accuracies(logits, labels), logits]
 
     def _unpack(self, theta, training):
@@ -157,19 +189,21 @@ class Network(FlatNetwork):
         self.layout.statistics.unpack(self.store.variable('statistics'), bundled)
 
     def _drop_path(self, images):
-        """The masks of all edges that may be dropped, in the order of the cells; Nones when paths are not dropped."""
-        if not self.drops_paths:
-            return itertools.repeat(None)
-        keep = self.store.input('keep', [1])
-        edges = sum(droppable for cell in self.cells for *_, droppable in cell.edges)
-        return iter(drop_path_masks(paddle.shape(images)[0], edges, keep))
+        """The masks of each cell's edges that may be dropped; Nones when paths are not dropped."""
+        counts = [sum(cell.droppable) for cell in self.cells]
+        if not self.drops_paths or not any(counts):
+            return [None] * len(counts)
+        masks = drop_path_masks(paddle.shape(images)[0], sum(counts), self.store.input('keep', [1]))
+        parts = [count for count in counts if count]
+        parts = iter(paddle.split(masks, parts, axis=1) if len(parts) > 1 else [masks])
+        return [next(parts) if count else None for count in counts]
 
-    def _logits(self, images, masks):
-        """-> logits [N, classes], and those of the auxiliary head while training (else None)."""
+    def _logits(self, images, masks=None):
+        """-> logits [N, classes], and those of the auxiliary head while training (else None). masks: of each cell."""
         s0, s1 = self._stem(images)
         auxiliary_logits = None
-        for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, masks)
+        for i, (cell, mask) in enumerate(zip(self.cells, masks or [None] * len(self.cells))):
+            s0, s1 = s1, cell(s0, s1, mask)
             if self.auxiliary_head and self.layout.training and i == self.auxiliary_after:
                 auxiliary_logits = self.auxiliary_head(s1)
         return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias), auxiliary_logits
@@ -222,7 +256,7 @@ class Network(FlatNetwork):
             self.layout.training = False
             self.layout.create_parameters()
             self.layout.statistics.create_parameters()
-            logits, _ = self._logits(images, masks=itertools.repeat(None))
+            logits, _ = self._logits(images)
             for name, array in self.weights().items():
                 scope.var(name).get_tensor().set(array.astype('float32'), self.store.place)
             paddle.static.save_inference_model(path, [images], [logits], paddle.static.Executor(self.store.place),

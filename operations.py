@@ -12,7 +12,6 @@ import functools
 import paddle
 import paddle.nn.functional as F
 
-import custom_ops
 from parameters import constant
 
 BN_EPSILON = 1e-5
@@ -199,77 +198,35 @@ class Conv7x1_1x7:
         return self.norm(conv(x, self.column, [self.stride, 1], [3, 0], groups=self.edges), scale)
 
 
-class Fused:
-    """An operation ReLU, convolution, BN (or twice that) of a discrete network: one operator where custom_ops has it.
-
-    make(): the operation, by Paddle's operators; stages: 2 for a SepConv, else 1.
-    """
-
-    def __init__(self, layout, make, stages=1, stride=1, dilation=1):
-        first, first_statistic = len(layout.blocks), len(layout.statistics.blocks)
-        self.layout, self.by_paddle = layout, make()
-        self.attributes = dict(stages=stages, stride=stride, dilation=dilation)
-        self.convolutions = [block for block in layout.blocks[first:] if block.tail]
-        bundles = layout.bundles(first)
-        self.affine = bundles.pop(())
-        self.depthwise = next((bundles.pop(tail) for tail in list(bundles) if tail[0] == 1), None)       # (1, k, k)
-        self.pointwise, = bundles.values()
-        self.running = layout.statistics.bundles(first_statistic)[()]
-
-    def __call__(self, x, mask=None):
-        """mask: None, or a variable [N, 1, 1, 1] that the result is multiplied by."""
-        if not custom_ops.enabled():
-            return masked(self.by_paddle(x), mask)
-        # While training the operator gives the new running statistics.
-        depthwise = self.depthwise.tensor if self.depthwise else constant([1, 1, 1, 1], 1.0, x.dtype, trainable=True)
-        x, self.running.tensor = custom_ops.conv_norm(
-            x, depthwise, self.pointwise.tensor, self.affine.tensor, self.running.tensor, mask, **self.attributes,
-            training=self.layout.training, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)
-        for block in self.convolutions:
-            block.uses += x.shape[2] * x.shape[3]
-        return x
-
-
-def masked(x, mask):
-    return x if mask is None else x * mask
-
-
 def operation(name, layout, prefix, channels, stride):
-    """The operation `name` on one edge of a discrete network: a function (x [N, C, H, W], mask) -> the same shape
-    (stride 2: half of it), multiplied by mask [N, 1, 1, 1] unless it is None; every BN has a scale and a shift."""
+    """The operation `name` on one edge of a discrete network: a function of x [N, C, H, W] -> the same shape
+    (stride 2: half of it); every BN has a scale and a shift."""
     if name in ('max_pool_3x3', 'avg_pool_3x3'):
         pool = max_pool if name == 'max_pool_3x3' else avg_pool
-        return lambda x, mask: masked(pool(x, stride), mask)
+        return lambda x: pool(x, stride)
     if name == 'skip_connect':
-        if stride == 1:
-            return masked
-        reduce = FactorizedReduce(layout, [prefix], channels, channels, affine=True)
-        return lambda x, mask: masked(reduce(x), mask)
+        return FactorizedReduce(layout, [prefix], channels, channels, affine=True) if stride == 2 else lambda x: x
     if name == 'conv_7x1_1x7':
         convolve = Conv7x1_1x7(layout, [prefix], channels, stride, affine=True)
-        return lambda x, mask: masked(convolve(States(x)), mask)
-    kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
-                    'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
-
-    def make():
+    else:
+        kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
+                        'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
         convolve = kind(layout, [prefix], channels, kernel, stride, affine=True)
-        return lambda x: convolve(States(x))
-    return Fused(layout, make, stages=1 + (kind is SepConv), stride=stride, dilation=1 + (kind is DilConv))
+    return lambda x: convolve(States(x))
 
 
 def preprocess(layout, prefix, c_in, c_out, reduction_prev):
     """What brings an input of a discrete network's cell to its width and, behind a reduction cell, s0 to its size."""
     if reduction_prev:
         return FactorizedReduce(layout, [prefix], c_in, c_out, affine=True)
-    return Fused(layout, lambda: ReLUConvBN(layout, [prefix], c_in, c_out, affine=True))
+    return ReLUConvBN(layout, [prefix], c_in, c_out, affine=True)
 
 
 def drop_path_masks(count, edges, keep):
-    """What drop path (arXiv 1605.07648) multiplies the outputs of edges by: for each a variable [count, 1, 1, 1].
+    """What drop path (arXiv 1605.07648) multiplies the outputs of edges by: a variable [count, edges, 1, 1].
 
     An element is 1 / keep with probability keep, else 0: the expectation of a product is the factor. keep
     is a variable [1]. The masks are drawn on the device from the generator that paddle.seed sets.
     """
     uniform = paddle.uniform([count, edges, 1, 1], dtype=keep.dtype, min=0.0, max=1.0)
-    masks = (uniform < keep).astype(keep.dtype) / keep
-    return paddle.split(masks, edges, axis=1) if edges > 1 else [masks]
+    return (uniform < keep).astype(keep.dtype) / keep

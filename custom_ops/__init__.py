@@ -21,7 +21,7 @@ import utils
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = [os.path.join(HERE, name) for name in ('conv_norm.cc', 'mixed_cell.cc')]
+SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
 HEADERS = [os.path.join(HERE, 'kernels.h')]
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
 
@@ -49,20 +49,29 @@ def without():
         _state['enabled'] = before
 
 
-def conv_norm(x, depthwise, pointwise, affine, running, mask, stages, stride, dilation, training, epsilon, momentum):
-    """ReLU, depthwise k x k (padding dilation * (k // 2)), pointwise, batch normalisation, as one operator.
+# The operations of the search space that a discrete_cell may have; conv_7x1_1x7 of AmoebaNet is not among them.
+OPERATIONS = {'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'sep_conv_7x7',
+              'dil_conv_3x3', 'dil_conv_5x5'}
 
-    x [N, C_in, H, W]; depthwise [C, 1, k, k] with k of 3, 5, 7, or [1, 1, 1, 1] for none; pointwise
-    [C, C_in, 1, 1]; affine [2 * C]: scale, shift; running [2 * C]: mean, variance; mask: None, or [N, 1, 1, 1] that
-    the result is multiplied by.
-    With stages 2 the whole is repeated with stride 1, its weights behind those of the first. training: whether to
-    normalise by the batch and to move the running statistics. -> the result [N, C, H', W'] and the running statistics.
+
+def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, channels, reduction, reduction_prev, training,
+                  epsilon, momentum):
+    """A cell of a discrete network, as model.Cell builds it otherwise, as one operator.
+
+    x0 [N, C0, H0, W0], x1 [N, C1, H, W]: the outputs of the two cells before (H0 = 2 * H with reduction_prev);
+    running [R]: mean, variance of each normalisation; masks: None, or [N, E, 1, 1] that the results of the E edges
+    other than identities are multiplied by; weights: in the order in which model.Cell declares them, a tensor
+    [rows, columns, k, k] for each columns and k, and one [R] with scale, shift of each normalisation; operations: of
+    OPERATIONS, two a node; states: that each reads; concat: the states that are the output; training: whether to
+    normalise by the batch and to move the running statistics.
+    -> the output [N, len(concat) * channels, H', W'] and the running statistics.
     """
-    return _build('darts_conv_norm', {'X': x, 'Depthwise': depthwise, 'Pointwise': pointwise, 'Affine': affine,
-                                      'Running': running, 'Mask': running if mask is None else mask},
+    return _build('darts_discrete_cell', {'Inputs@VECTOR': [x0, x1, *weights], 'Running': running,
+                                          'Masks': running if masks is None else masks},
                   ['Out', 'Saved', 'Statistics', 'NewRunning'],
-                  {'stages': stages, 'stride': stride, 'dilation': dilation, 'training': training,
-                   'masked': mask is not None, 'epsilon': epsilon, 'momentum': momentum})[::3]
+                  {'operations': list(operations), 'states': list(states), 'concat': list(concat), 'channels': channels,
+                   'reduction': reduction, 'reduction_prev': reduction_prev, 'training': training,
+                   'masked': masks is not None, 'epsilon': epsilon, 'momentum': momentum})[::3]
 
 
 def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_gradients, epsilon):
@@ -83,8 +92,9 @@ def _build(operator, inputs, outputs, attributes):
     if utils.in_pir_mode():
         return paddle._C_ops._run_custom_op(operator, *inputs.values(), *attributes.values())
     from paddle.base.layer_helper import LayerHelper
-    helper = LayerHelper(operator)
-    outputs = {name: helper.create_variable_for_type_inference(inputs['X'].dtype) for name in outputs}
+    helper, first = LayerHelper(operator), next(iter(inputs.values()))
+    dtype = (first[0] if isinstance(first, list) else first).dtype
+    outputs = {name: helper.create_variable_for_type_inference(dtype) for name in outputs}
     helper.append_op(type=operator, inputs=inputs, outputs=outputs, attrs=attributes)
     return list(outputs.values())
 

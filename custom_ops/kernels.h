@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -420,6 +421,113 @@ struct Separable {
   }
 };
 
+// Pools, 3 x 3 with padding 1, of planes [h, w] -> [out_h, out_row]. A plane is laid out with a border that decides
+// nothing: -infinity for the maximum; the mean takes its places by number.
+template <typename T>
+class Pools {
+ public:
+  explicit Pools(const Geometry& g) : g_(g), inverse_counts_(g.size, 0) {
+    for (int64_t i = 0; i < g.out_h; ++i)
+      for (int64_t j = 0; j < g.out_w; ++j)
+        inverse_counts_[i * g.out_row + j] = T(1) / (inside(i, g.h) * inside(j, g.w));
+  }
+
+  // Numbers of a plane with its border, and what vectors read behind its end.
+  int64_t room() const { return (g_.h + 2) * row() + 16; }
+
+  // bordered: room for the plane with its border.
+  void max(const T* x, T* bordered, T* to) const { g_.stride == 1 ? max_with<1>(x, bordered, to) : max_with<2>(x, bordered, to); }
+  void mean(const T* x, T* bordered, T* to) const { g_.stride == 1 ? mean_with<1>(x, bordered, to) : mean_with<2>(x, bordered, to); }
+
+  // Both add to the bordered plane `gradient` what the gradient d [out_h, out_row] of a pool is in front of it. Of equal
+  // maxima the first gets it, as in Paddle; top: the maxima, open: room for a row.
+  void max_back(const T* x, const T* top, const T* d, T* bordered, T* open, T* gradient) const {
+    g_.stride == 1 ? max_back_with<1>(x, top, d, bordered, open, gradient) : max_back_with<2>(x, top, d, bordered, open, gradient);
+  }
+  // share: room for a row.
+  void mean_back(const T* d, T* share, T* gradient) const {
+    g_.stride == 1 ? mean_back_with<1>(d, share, gradient) : mean_back_with<2>(d, share, gradient);
+  }
+  // to [h, w] += what is inside of the border.
+  void add_inside(const T* bordered, T* to) const {
+    for (int64_t i = 0; i < g_.h; ++i)
+#pragma omp simd
+      for (int64_t j = 0; j < g_.w; ++j) to[i * g_.w + j] += bordered[(i + 1) * row() + j + 1];
+  }
+
+ private:
+  // How many of the 3 places of a window around place i * stride are inside.
+  int64_t inside(int64_t i, int64_t size) const {
+    return std::min(i * g_.stride + 1, size - 1) - std::max<int64_t>(i * g_.stride - 1, 0) + 1;
+  }
+  int64_t row() const { return g_.w + 2; }
+  void border(const T* x, T value, T* to) const {
+    std::fill(to, to + row() * (g_.h + 2), value);
+    for (int64_t i = 0; i < g_.h; ++i) std::memcpy(to + (i + 1) * row() + 1, x + i * g_.w, g_.w * sizeof(T));
+  }
+  template <int S>
+  void max_with(const T* x, T* bordered, T* to) const {
+    border(x, -std::numeric_limits<T>::infinity(), bordered);
+    for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row) {
+      std::fill(to, to + g_.out_row, -std::numeric_limits<T>::infinity());
+      for (int k = 0; k < 9; ++k) {
+        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g_.out_w; ++j) to[j] = from[j * S] > to[j] ? from[j * S] : to[j];
+      }
+      std::fill(to + g_.out_w, to + g_.out_row, T(0));
+    }
+  }
+  template <int S>
+  void mean_with(const T* x, T* bordered, T* to) const {
+    border(x, T(0), bordered);
+    const T* inverse = inverse_counts_.data();
+    for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row, inverse += g_.out_row) {
+      std::fill(to, to + g_.out_row, T(0));
+      for (int k = 0; k < 9; ++k) {
+        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g_.out_w; ++j) to[j] += from[j * S];
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < g_.out_w; ++j) to[j] *= inverse[j];
+    }
+  }
+  template <int S>
+  void max_back_with(const T* x, const T* top, const T* d, T* bordered, T* open, T* gradient) const {
+    border(x, -std::numeric_limits<T>::infinity(), bordered);
+    for (int64_t i = 0; i < g_.out_h; ++i, top += g_.out_row, d += g_.out_row) {
+      std::fill(open, open + g_.out_w, T(1));
+      for (int k = 0; k < 9; ++k) {
+        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+        T* at = gradient + (i * S + k / 3) * row() + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g_.out_w; ++j) {
+          const T hit = from[j * S] == top[j] ? open[j] : T(0);
+          at[j * S] += hit * d[j];
+          open[j] -= hit;
+        }
+      }
+    }
+  }
+  template <int S>
+  void mean_back_with(const T* d, T* share, T* gradient) const {
+    const T* inverse = inverse_counts_.data();
+    for (int64_t i = 0; i < g_.out_h; ++i, d += g_.out_row, inverse += g_.out_row) {
+#pragma omp simd
+      for (int64_t j = 0; j < g_.out_w; ++j) share[j] = d[j] * inverse[j];
+      for (int k = 0; k < 9; ++k) {
+        T* at = gradient + (i * S + k / 3) * row() + k % 3;
+#pragma omp simd
+        for (int64_t j = 0; j < g_.out_w; ++j) at[j * S] += share[j];
+      }
+    }
+  }
+
+  const Geometry g_;
+  std::vector<T> inverse_counts_;
+};
+
 // Mean and sum of squared deviations of the numbers of a plane.
 template <typename T>
 void take_moments(const Geometry& g, const T* plane, double* moments) {
@@ -505,19 +613,20 @@ void through_normalised_relu(const Geometry& g, const T* y, T factor, T mean, T 
   add_up(g, to, y, mean, sums);
 }
 
-// to [h, w] = the gradient of x behind the ReLU: `gradient` is laid out like an output plane (stride 1) or padded.
+// to [h, w] = (or +=, if add) the gradient of x behind the ReLU: `gradient` is laid out like an output plane (stride 1)
+// or padded.
 template <typename T>
-void through_relu(const Geometry& g, const T* x, const T* gradient, T* to) {
-  for (int64_t i = 0; i < g.h; ++i) {
-    const T* value = x + i * g.w;
-    if (g.stride == 1) {
-      const T* from = gradient + i * g.out_row;
+void through_relu(const Geometry& g, const T* x, const T* gradient, bool add, T* to) {
+  for (int64_t i = 0; i < g.h; ++i, x += g.w, to += g.w) {
+    const T* from = g.stride == 1 ? gradient + i * g.out_row : gradient + (i + g.padding) * g.row;
+    if (g.stride > 1)
+      for (int64_t j = 0; j < g.w; ++j) to[j] = (add ? to[j] : T(0)) + passed(x[j], from[g.at(0, j + g.padding)]);
+    else if (add)
 #pragma omp simd
-      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] = passed(value[j], from[j]);
-    } else {
-      const T* from = gradient + (i + g.padding) * g.row;
-      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] = passed(value[j], from[g.at(0, j + g.padding)]);
-    }
+      for (int64_t j = 0; j < g.w; ++j) to[j] += passed(x[j], from[j]);
+    else
+#pragma omp simd
+      for (int64_t j = 0; j < g.w; ++j) to[j] = passed(x[j], from[j]);
   }
 }
 

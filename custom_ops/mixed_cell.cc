@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cmath>
-#include <limits>
 #include <memory>
 
 namespace {
@@ -50,8 +49,8 @@ class MixedCell {
         inputs_(Geometry::of<T>(x.shape()[2], x.shape()[3], reduction ? 2 : 1, 4, L)),
         nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 4, L)),
         second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 2, L)),
-        size_(nodes_.size), count_(n_ * nodes_.h * nodes_.w), input_counts_(inverse_counts(inputs_)),
-        node_counts_(inverse_counts(nodes_)) {}
+        size_(nodes_.size), count_(n_ * nodes_.h * nodes_.w), input_pools_(inputs_),
+        node_pools_(nodes_) {}
 
   // Planes of one image in `saved`: the results of all convolutions before their BN, then the pools'.
   static int64_t planes(int64_t channels, bool reduction) {
@@ -66,13 +65,14 @@ class MixedCell {
 #pragma omp parallel num_threads(threads())
     {
       Scratch<T> scratch;
-      scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pool_room() + size_);
+      scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pools_room() + size_);
       T *from_inputs = scratch.zeros(c_ * inputs_.plane), *from_nodes = scratch.zeros(c_ * nodes_.plane);
       T *between = scratch.zeros(c_ * second_.plane), *inner = scratch.take(c_ * nodes_.step);
-      T *total = scratch.take(size_), *bordered = scratch.take(pool_room());
+      T *total = scratch.take(size_), *bordered = scratch.take(pools_room());
       for (int g = 0; g < kGroups; ++g) {
         const Group& group = kGroup[g];
         const Geometry& geometry = g == 0 ? inputs_ : nodes_;
+        const Pools<T>& pools = g == 0 ? input_pools_ : node_pools_;
         T* padded = g == 0 ? from_inputs : from_nodes;
         const Separable<T, L, 3> sep3(geometry, 1, c_), dil3(geometry, 2, c_), sep3_second(second_, 1, c_);
         const Separable<T, L, 5> sep5(geometry, 1, c_), dil5(geometry, 2, c_), sep5_second(second_, 1, c_);
@@ -87,7 +87,8 @@ class MixedCell {
               pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
               T* max = image + (pool_row(s, 0) + c) * size_;
               T* mean = image + (pool_row(s, 1) + c) * size_;
-              pool(geometry, state + c * geometry.h * geometry.w, bordered, max, mean);
+              pools.max(state + c * geometry.h * geometry.w, bordered, max);
+              pools.mean(state + c * geometry.h * geometry.w, bordered, mean);
             }
             for (int which = 0; which < 2; ++which) take_all_moments(image, image_moments, pool_row(s, which));
             for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
@@ -202,14 +203,14 @@ class MixedCell {
       const int64_t in_plane = std::max(inputs_.h * inputs_.w, size_);
       Scratch<T> scratch;
       scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + 3 * nodes_.step) + in_size + inputs_.plane +
-                      nodes_.plane + second_.plane + 2 * pool_room() + 3 * size_ + in_plane);
+                      nodes_.plane + second_.plane + 2 * pools_room() + 3 * size_ + in_plane);
       T *from_inputs = scratch.zeros(c_ * inputs_.plane), *from_nodes = scratch.zeros(c_ * nodes_.plane);
       T *between = scratch.zeros(c_ * second_.plane);
       T *inner = scratch.take(c_ * nodes_.step), *inner_gradient = scratch.take(c_ * nodes_.step);
       T *convolved = scratch.zeros(c_ * nodes_.step), *in_gradient = scratch.take(in_size);
       T *inputs_bordered = scratch.zeros(inputs_.plane), *nodes_bordered = scratch.zeros(nodes_.plane);
-      T *second_bordered = scratch.zeros(second_.plane), *bordered = scratch.take(pool_room());
-      T *bordered_gradient = scratch.take(pool_room()), *max_gradient = scratch.take(size_);
+      T *second_bordered = scratch.zeros(second_.plane), *bordered = scratch.take(pools_room());
+      T *bordered_gradient = scratch.take(pools_room()), *max_gradient = scratch.take(size_);
       T *mean_pool_gradient = scratch.take(size_), *open = scratch.take(size_), *raw = scratch.take(in_plane);
 #pragma omp for schedule(static)
       for (int64_t k = 0; k < n_ * c4; ++k) spread_rows(out_gradient + k * nodes_.h * nodes_.w, gradient.get() + k * size_);
@@ -217,6 +218,7 @@ class MixedCell {
       for (int g = kGroups - 1; g >= 0; --g) {
         const Group& group = kGroup[g];
         const Geometry& geometry = g == 0 ? inputs_ : nodes_;
+        const Pools<T>& pools = g == 0 ? input_pools_ : node_pools_;
         T* padded = g == 0 ? from_inputs : from_nodes;
         T* conv_bordered = g == 0 ? inputs_bordered : nodes_bordered;
         const int first_node = kEdge[group.first_edge].node, end_edge = group.first_edge + group.edges;
@@ -389,8 +391,10 @@ class MixedCell {
                             max_gradient);
               pool_gradient(n, s, kAvgDot, c, group, mixing, gradient.get(), image, statistics, mean_gradient, total_dot,
                             mean_pool_gradient);
-              pool_back(geometry, plane, image + (pool_row(s, 0) + c) * size_, max_gradient, mean_pool_gradient, bordered,
-                        bordered_gradient, open, raw);
+              std::fill(bordered_gradient, bordered_gradient + pools.room(), T(0));
+              pools.max_back(plane, image + (pool_row(s, 0) + c) * size_, max_gradient, bordered, open, bordered_gradient);
+              pools.mean_back(mean_pool_gradient, open, bordered_gradient);
+              pools.add_inside(bordered_gradient, raw);
               if (geometry.stride == 1)
                 for (int e = group.first_edge; e < end_edge; ++e) {
                   const Edge& edge = kEdge[e];
@@ -436,11 +440,6 @@ class MixedCell {
   }
 
  private:
-  // How many of the 3 places of a pooling window around place i * stride are inside.
-  static int64_t inside(int64_t i, int64_t stride, int64_t size) {
-    return std::min(i * stride + 1, size - 1) - std::max<int64_t>(i * stride - 1, 0) + 1;
-  }
-
   // Where the weights lie. Depthwise: group by group, in each the three convolutions of one kernel size (both of the
   // separable one, the dilated one), in each its edges. Pointwise alike, with six and at the end of the first group
   // the two of FactorizedReduce.
@@ -469,6 +468,8 @@ class MixedCell {
     if (dot < kSkipDot) return pool_row(edge.state, dot - kMaxDot);
     return reduction_ && edge.group == 0 ? factorized_row(edge) : -1;
   }
+
+  int64_t pools_room() const { return std::max(input_pools_.room(), node_pools_.room()); }
 
   const T* state_of(const T* x, const T* out, int64_t n, int s) const {
     return s < 2 ? x + (n * 2 + s) * c_ * inputs_.h * inputs_.w : out + (n * kNodes + s - 2) * c_ * nodes_.h * nodes_.w;
@@ -521,55 +522,6 @@ class MixedCell {
       }
   }
 
-  // Pools, 3 x 3 with padding 1. A plane is laid out with a border that decides nothing: -infinity for the maximum; the
-  // mean takes its places by number.
-  int64_t pool_room() const { return (std::max(inputs_.h, nodes_.h) + 2) * (std::max(inputs_.w, nodes_.w) + 2 + L); }
-  void border(const Geometry& g, const T* x, T value, T* to) const {
-    const int64_t row = g.w + 2;
-    std::fill(to, to + row * (g.h + 2), value);
-    for (int64_t i = 0; i < g.h; ++i) std::memcpy(to + (i + 1) * row + 1, x + i * g.w, g.w * sizeof(T));
-  }
-  // 1 / the number of places that a window has inside of the plane, for all places of an output plane.
-  static std::vector<T> inverse_counts(const Geometry& g) {
-    std::vector<T> inverse(g.size, 0);
-    for (int64_t i = 0; i < g.out_h; ++i)
-      for (int64_t j = 0; j < g.out_w; ++j)
-        inverse[i * g.out_row + j] = T(1) / (inside(i, g.stride, g.h) * inside(j, g.stride, g.w));
-    return inverse;
-  }
-  const T* counts(const Geometry& g) const { return (&g == &inputs_ ? input_counts_ : node_counts_).data(); }
-  void pool(const Geometry& g, const T* x, T* bordered, T* max, T* mean) const {
-    if (g.stride == 1) pool_with<1>(g, x, bordered, max, mean);
-    else pool_with<2>(g, x, bordered, max, mean);
-  }
-  template <int S>
-  void pool_with(const Geometry& g, const T* x, T* bordered, T* max, T* mean) const {
-    const int64_t row = g.w + 2;
-    border(g, x, -std::numeric_limits<T>::infinity(), bordered);
-    for (int64_t i = 0; i < g.out_h; ++i) {
-      T* to = max + i * g.out_row;
-      std::fill(to, to + g.out_row, -std::numeric_limits<T>::infinity());
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row + k % 3;
-#pragma omp simd
-        for (int64_t j = 0; j < g.out_w; ++j) to[j] = from[j * S] > to[j] ? from[j * S] : to[j];
-      }
-      std::fill(to + g.out_w, to + g.out_row, T(0));
-    }
-    border(g, x, T(0), bordered);
-    for (int64_t i = 0; i < g.out_h; ++i) {
-      T* to = mean + i * g.out_row;
-      const T* inverse = counts(g) + i * g.out_row;
-      std::fill(to, to + g.out_row, T(0));
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row + k % 3;
-#pragma omp simd
-        for (int64_t j = 0; j < g.out_w; ++j) to[j] += from[j * S];
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < g.out_w; ++j) to[j] *= inverse[j];
-    }
-  }
   // The gradient in front of the normalisation of a pool, which all edges of the state share.
   void pool_gradient(int64_t n, int s, int dot, int64_t c, const Group& group, const T* mixing, const T* gradient,
                      const T* image, const T* statistics, const std::vector<T>& mean_gradient,
@@ -591,45 +543,13 @@ class MixedCell {
     }
     differentiate(nodes_, to, y, rstd, static_cast<T>(d_mean), mean, static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
   }
-  void pool_back(const Geometry& g, const T* x, const T* max, const T* max_gradient, T* mean_gradient, T* bordered,
-                 T* bordered_gradient, T* open, T* to) const {
-    if (g.stride == 1) pool_back_with<1>(g, x, max, max_gradient, mean_gradient, bordered, bordered_gradient, open, to);
-    else pool_back_with<2>(g, x, max, max_gradient, mean_gradient, bordered, bordered_gradient, open, to);
-  }
-  // to [h, w] += the gradients of both pools; of equal maxima the first gets it, as in Paddle.
-  template <int S>
-  void pool_back_with(const Geometry& g, const T* x, const T* max, const T* max_gradient, T* mean_gradient, T* bordered,
-                      T* bordered_gradient, T* open, T* to) const {
-    const int64_t row = g.w + 2;
-    border(g, x, -std::numeric_limits<T>::infinity(), bordered);
-    std::fill(bordered_gradient, bordered_gradient + row * (g.h + 2), T(0));
-    for (int64_t i = 0; i < g.out_h; ++i) {
-      const T *top = max + i * g.out_row, *d = max_gradient + i * g.out_row, *inverse = counts(g) + i * g.out_row;
-      T* share = mean_gradient + i * g.out_row;
-#pragma omp simd
-      for (int64_t j = 0; j < g.out_w; ++j) share[j] *= inverse[j], open[j] = 1;
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row + k % 3;
-        T* at = bordered_gradient + (i * S + k / 3) * row + k % 3;
-#pragma omp simd
-        for (int64_t j = 0; j < g.out_w; ++j) {
-          const T hit = from[j * S] == top[j] ? open[j] : T(0);
-          at[j * S] += hit * d[j] + share[j];
-          open[j] -= hit;
-        }
-      }
-    }
-    for (int64_t i = 0; i < g.h; ++i)
-#pragma omp simd
-      for (int64_t j = 0; j < g.w; ++j) to[i * g.w + j] += bordered_gradient[(i + 1) * row + j + 1];
-  }
 
   const int64_t n_, c_;
   const bool reduction_;
   const double epsilon_;
   const Geometry inputs_, nodes_, second_;       // of states 0 and 1, of the nodes, between both halves of a sep_conv
   const int64_t size_, count_;                   // of a saved plane; how many numbers a normalisation is over
-  const std::vector<T> input_counts_, node_counts_;
+  const Pools<T> input_pools_, node_pools_;
 };
 
 std::vector<Tensor> Forward(const Tensor& x, const Tensor& depthwise3, const Tensor& depthwise5, const Tensor& pointwise,

@@ -4,13 +4,15 @@ The reference of the tests, written from the definitions alone (DARTS, arXiv 180
 3.3); it shares no code with the programs that it checks. Weights and running statistics are {name: array}
 under the names of the authors' code.
 """
+import contextlib
 from collections import namedtuple
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from plain import EPSILON
+import custom_ops
+from plain import EPSILON, average_pool
 
 # As EPSILON an attribute of Paddle's operator, in single precision: the part of running statistics that is kept.
 MOMENTUM = float(np.float32(0.9))
@@ -170,7 +172,7 @@ class Pass:
         if kind == 'max_pool_3x3':
             return F.max_pool2d(x, 3, stride=stride, padding=1)
         if kind == 'avg_pool_3x3':
-            return F.avg_pool2d(x, 3, stride=stride, padding=1, exclusive=True)
+            return average_pool(x, stride)
         if kind == 'skip_connect':
             return x if stride == 1 else self.factorized_reduce(x, name)
         if kind == 'conv_7x1_1x7':
@@ -186,8 +188,10 @@ class Pass:
         preprocess0 = self.factorized_reduce if follows_reduction(i, layers, imagenet) else self.relu_conv_bn
         states = [preprocess0(s0, f'cells.{i}.preprocess0'), self.relu_conv_bn(s1, f'cells.{i}.preprocess1')]
         droppable = droppable_edges(genotype, layers) if masks else []
+        by_paddle = not custom_ops.OPERATIONS.issuperset(kind for _, kind, _, _ in edges(genotype, i, layers))
         for n, kind, state, stride in edges(genotype, i, layers):
-            x = self.operation(kind, states[state], f'cells.{i}._ops.{n}', stride)
+            with custom_ops.without() if by_paddle else contextlib.nullcontext():        # for average_pool
+                x = self.operation(kind, states[state], f'cells.{i}._ops.{n}', stride)
             if (i, n) in droppable:
                 x = x * paddle.to_tensor(masks[i, n]).reshape([-1, 1, 1, 1])
             if n % 2 == 0:

@@ -1,0 +1,665 @@
+// A cell of a discrete network as one operator for the CPU: the outputs of the two cells before in, its own out.
+// README.md in this folder explains the layout and the order of the loops.
+#include "kernels.h"
+
+#include <cmath>
+#include <memory>
+#include <string>
+
+int darts_threads = 0;
+
+namespace {
+
+// Planes [h, w] of a batch, without anything between rows and planes; from one image to the next `image` numbers.
+template <typename T>
+struct Images {
+  T* data;
+  int64_t image;
+  operator Images<const T>() const { return {data, image}; }
+};
+
+// What drop path multiplies the result of an operation by, a number an image; 1 without data.
+template <typename T>
+struct Mask {
+  const T* data;
+  int64_t step;
+  T operator[](int64_t n) const { return data ? data[n * step] : T(1); }
+};
+
+struct Normalisation {
+  bool training;                                 // by the batch, which moves the running statistics; else by these
+  double epsilon, momentum;
+};
+
+// Where the operations of a cell find what is theirs; each takes the next numbers, in the order of the names.
+template <typename T>
+class Weights {
+ public:
+  // inputs: those of the operator, from the third on tensors [rows, columns, k, k], one for each columns and k, and [rows]
+  // with scales and shifts; gradients: of the same shapes, or none.
+  Weights(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients)
+      : values_(inputs), gradients_(gradients), taken_(inputs.size(), 0) {}
+
+  struct Weight {
+    const T* value;
+    T* gradient;
+  };
+  Weight take(int64_t rows, int64_t columns, int64_t kernel) {
+    for (size_t k = 2; k < values_.size(); ++k) {
+      const auto shape = values_[k].shape();
+      const bool fits = columns ? shape.size() == 4 && shape[1] == columns && shape[2] == kernel : shape.size() == 1;
+      const int64_t size = rows * (columns ? columns * kernel * kernel : 1);
+      if (!fits || taken_[k] + size > values_[k].numel()) continue;
+      const int64_t from = taken_[k];
+      taken_[k] += size;
+      return {values_[k].data<T>() + from, gradients_ ? (*gradients_)[k].template data<T>() + from : nullptr};
+    }
+    PD_THROW("the cell has no weights for an operation of its genotype");
+  }
+  Weight take_affine(int64_t size) { return take(size, 0, 0); }
+
+ private:
+  const std::vector<Tensor>& values_;
+  std::vector<Tensor>* gradients_;
+  std::vector<int64_t> taken_;
+};
+
+// One after the other in the tensors of a cell.
+template <typename T>
+struct Memory {
+  T *saved, *statistics;                         // written by the forward pass and read by the backward pass
+  const T* running;
+  T* new_running;                                // null in the backward pass
+};
+
+template <typename T>
+class Operation {
+ public:
+  virtual ~Operation() = default;
+  // Numbers kept for the gradient; in room for what a backward pass has in between; normalised channels.
+  virtual int64_t saved_size() const { return 0; }
+  virtual int64_t workspace_size() const { return 0; }
+  virtual int64_t normalised() const { return 0; }
+  virtual void bind(Memory<T>*) {}
+  // out = (or +=, if add) mask * operation(x); to = (or +=) the gradient of x, d being that of out.
+  virtual void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) = 0;
+  virtual void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T* workspace) = 0;
+};
+
+template <typename T>
+class Identity : public Operation<T> {
+ public:
+  Identity(int64_t n, int64_t size) : n_(n), size_(size) {}
+  void forward(Images<const T> x, Mask<T>, bool add, Images<T> out) override { copy(x, add, out); }
+  void backward(Images<const T>, Mask<T>, Images<const T> d, bool add, Images<T> to, T*) override { copy(d, add, to); }
+
+ private:
+  void copy(Images<const T> from, bool add, Images<T> to) const {
+#pragma omp parallel for schedule(static) num_threads(threads())
+    for (int64_t n = 0; n < n_; ++n) {
+      const T* source = from.data + n * from.image;
+      T* target = to.data + n * to.image;
+      if (!add) std::memcpy(target, source, size_ * sizeof(T));
+      else
+#pragma omp simd
+        for (int64_t p = 0; p < size_; ++p) target[p] += source[p];
+    }
+  }
+  const int64_t n_, size_;
+};
+
+template <typename T>
+class Pool : public Operation<T> {
+ public:
+  Pool(int64_t n, int64_t channels, int64_t h, int64_t w, int64_t stride, bool max)
+      : n_(n), channels_(channels), g_(Geometry::of<T>(h, w, stride, 1, 1)), pools_(g_), max_(max) {}
+
+  void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
+#pragma omp parallel num_threads(threads())
+    {
+      Scratch<T> scratch;
+      scratch.reserve(pools_.room() + g_.size);
+      T *bordered = scratch.take(pools_.room()), *pooled = scratch.take(g_.size);
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < n_; ++n)
+        for (int64_t c = 0; c < channels_; ++c) {
+          const T* from = x.data + n * x.image + c * g_.h * g_.w;
+          T* to = out.data + n * out.image + c * g_.size;
+          if (max_) pools_.max(from, bordered, pooled);
+          else pools_.mean(from, bordered, pooled);
+          const T keep = mask[n];
+          if (!add) std::fill(to, to + g_.size, T(0));
+#pragma omp simd
+          for (int64_t p = 0; p < g_.size; ++p) to[p] += keep * pooled[p];
+        }
+    }
+  }
+
+  void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T*) override {
+#pragma omp parallel num_threads(threads())
+    {
+      Scratch<T> scratch;
+      scratch.reserve(2 * pools_.room() + 2 * g_.size + g_.out_w);
+      T *bordered = scratch.take(pools_.room()), *gradient = scratch.take(pools_.room()), *pooled = scratch.take(g_.size);
+      T *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < n_; ++n)
+        for (int64_t c = 0; c < channels_; ++c) {
+          const T *from = x.data + n * x.image + c * g_.h * g_.w, *behind = d.data + n * d.image + c * g_.size;
+          T* target = to.data + n * to.image + c * g_.h * g_.w;
+          const T keep = mask[n];
+#pragma omp simd
+          for (int64_t p = 0; p < g_.size; ++p) kept[p] = keep * behind[p];
+          std::fill(gradient, gradient + pools_.room(), T(0));
+          if (max_) {
+            pools_.max(from, bordered, pooled);
+            pools_.max_back(from, pooled, kept, bordered, row, gradient);
+          } else {
+            pools_.mean_back(kept, row, gradient);
+          }
+          if (!add) std::fill(target, target + g_.h * g_.w, T(0));
+          pools_.add_inside(gradient, target);
+        }
+    }
+  }
+
+ private:
+  const int64_t n_, channels_;
+  const Geometry g_;
+  const Pools<T> pools_;
+  const bool max_;
+};
+
+// ReLU, depthwise K x K, pointwise, batch normalisation, once or twice. K = 1 stands for no depthwise convolution: with
+// stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels look at grids one pixel apart.
+template <typename T, int L, int K>
+class ConvNorm : public Operation<T> {
+ public:
+  ConvNorm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, int stages, int64_t stride, int64_t dilation,
+           const Normalisation& normalisation, Weights<T>* weights)
+      : n_(n), c_in_(c_in), c_(channels), stages_(stages), dilation_(dilation), normalisation_(normalisation),
+        halves_(K == 1 ? stride : 1), first_(Geometry::of<T>(h, w, stride, dilation * (K / 2), L)),
+        second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, K / 2, L)), size_(first_.size),
+        plane_(first_.out_h * first_.out_w), pointwise_(weights->take(stages * c_, c_in, 1)),
+        affine_(weights->take_affine(2 * stages * c_)) {
+    if (K > 1) depthwise_ = weights->take(stages * c_, 1, K);
+  }
+
+  // The results of the convolutions [N, stages, C planes]; behind the first normalisation [N, C planes].
+  int64_t saved_size() const override { return n_ * stages_ * c_ * size_; }
+  int64_t workspace_size() const override { return stages_ > 1 ? n_ * c_ * size_ : 0; }
+  int64_t normalised() const override { return stages_ * c_; }
+  void bind(Memory<T>* memory) override {
+    saved_ = memory->saved, statistics_ = memory->statistics;
+    running_ = memory->running, new_running_ = memory->new_running;
+    memory->saved += saved_size(), memory->statistics += 2 * normalised();
+    memory->running += 2 * normalised();
+    if (new_running_) memory->new_running += 2 * normalised();
+  }
+
+  // affine, running: [stages, 2, C] with scale and shift, mean and variance; statistics: [stages, C, 2] with mean and
+  // 1 / sqrt(variance + epsilon).
+  void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
+    std::vector<double> moments(n_ * c_ * 2);
+    const T* affine = affine_.value;
+#pragma omp parallel num_threads(threads())
+    {
+      Scratch<T> scratch;
+      scratch.reserve(room() + inner_room());
+      T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room());
+      for (int stage = 0; stage < stages_; ++stage) {
+        const Separable<T, L, K> convolution(geometry(stage), dilation_, c_);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          T* result = saved_ + (n * stages_ + stage) * c_ * size_;
+          if (K > 1) {
+            prepare(stage, n, x, padded);
+            convolution.forward(padded, depthwise_.value + stage * c_ * K * K, pointwise_.value + stage * c_ * c_, inner, result);
+          } else {
+            for (int64_t half = 0; half < halves_; ++half) {
+              rectify(x, n, half, inner);
+              multiply<T, L>(pointwise_.value + half * rows() * c_in_, c_in_, 1, inner, first_.step, rows(), c_in_, size_,
+                             result + half * rows() * size_, size_);
+            }
+          }
+          for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
+            take_moments(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
+        }
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < c_; ++c) {
+          const int64_t at = stage * 2 * c_ + c;                              // of the mean; the variance is c_ further
+          double mean = running_[at], variance = running_[at + c_];
+          const double kept = normalisation_.training ? normalisation_.momentum : 1;
+          if (normalisation_.training) combine_moments(moments.data() + 2 * c, n_, 2 * c_, plane_, &mean, &variance);
+          T* both = statistics_ + (stage * c_ + c) * 2;
+          both[0] = mean, both[1] = 1 / std::sqrt(variance + normalisation_.epsilon);
+          new_running_[at] = kept * running_[at] + (1 - kept) * mean;
+          new_running_[at + c_] = kept * running_[at + c_] + (1 - kept) * variance;
+        }
+      }
+      const int64_t last = (stages_ - 1) * c_;
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < n_; ++n) {
+        const T keep = mask[n];
+        for (int64_t c = 0; c < c_; ++c) {
+          const T *from = saved_ + (n * stages_ * c_ + last + c) * size_, *both = statistics_ + (last + c) * 2;
+          T* to = out.data + n * out.image + c * plane_;
+          const T mean = both[0], factor = keep * affine[2 * last + c] * both[1], shift = keep * affine[2 * last + c_ + c];
+          for (int64_t i = 0; i < first_.rows(); ++i) {
+            const T* source = from + i * first_.out_row;
+            T* target = to + i * first_.out_w;
+            if (add)
+#pragma omp simd
+              for (int64_t j = 0; j < first_.columns(); ++j) target[j] += factor * (source[j] - mean) + shift;
+            else
+#pragma omp simd
+              for (int64_t j = 0; j < first_.columns(); ++j) target[j] = factor * (source[j] - mean) + shift;
+          }
+        }
+      }
+    }
+  }
+
+  void backward(Images<const T> x, Mask<T> mask, Images<const T> out_gradient, bool add, Images<T> to, T* between) override {
+    const int64_t depthwise_size = K == 1 ? 0 : stages_ * c_ * K * K, pointwise_size = stages_ * c_ * c_in_;
+    const std::vector<T> turned = turn_round(depthwise_.value, depthwise_size / (K * K), K * K);
+    // Each thread sums the gradients of the weights over its images; the sums are added in order, so that a run repeats
+    // itself.
+    std::vector<std::vector<T>> partial(threads());
+    std::vector<double> sums(n_ * c_ * 2);
+    std::vector<T> d_mean(c_), slope(c_);
+#pragma omp parallel num_threads(threads())
+    {
+      auto& weights = partial[omp_get_thread_num()];
+      weights.assign(depthwise_size + pointwise_size, 0);
+      Scratch<T> scratch;
+      const int64_t in_size = std::max({c_in_ * (in_rows() ? first_.step : first_.plane), c_ * second_.step});
+      const int64_t border = std::max(first_.plane, second_.plane);
+      scratch.reserve(room() + 2 * inner_room() + 2 * c_ * first_.step + in_size + border);
+      T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room()), *d = scratch.zeros(c_ * first_.step);
+      T *inner_gradient = scratch.take(inner_room()), *gradient = scratch.zeros(c_ * first_.step);
+      T *in_gradient = scratch.take(in_size), *bordered = scratch.take(border);
+      for (int stage = stages_ - 1; stage >= 0; --stage) {
+        const bool last = stage == stages_ - 1;
+        const Geometry& g = geometry(stage);
+        const Separable<T, L, K> convolution(g, dilation_, c_);
+        const T *scale = affine_.value + stage * 2 * c_, *both = statistics_ + stage * c_ * 2;
+        // The gradient behind this normalisation: given for the last, made by the loop below for the one before.
+        const auto behind = [&](int64_t n, int64_t c) -> const T* {
+          if (!last) return between + (n * c_ + c) * size_;
+          const T* from = out_gradient.data + n * out_gradient.image + c * plane_;
+          if (!mask.data && first_.out_row == first_.out_w) return from;
+          const T keep = mask[n];
+          T* kept = d + c * first_.step;
+          for (int64_t i = 0; i < first_.rows(); ++i)
+#pragma omp simd
+            for (int64_t j = 0; j < first_.columns(); ++j) kept[i * first_.out_row + j] = keep * from[i * first_.out_w + j];
+          return kept;
+        };
+        if (last) {
+#pragma omp for schedule(static)
+          for (int64_t n = 0; n < n_; ++n)
+            for (int64_t c = 0; c < c_; ++c)
+              add_up(first_, behind(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_, both[2 * c],
+                     sums.data() + (n * c_ + c) * 2);
+        }
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c < c_; ++c) {
+          double total = 0, dot = 0;
+          for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
+          const double rstd = both[2 * c + 1], count = n_ * plane_;
+          affine_.gradient[stage * 2 * c_ + c] = dot * rstd, affine_.gradient[stage * 2 * c_ + c_ + c] = total;
+          // Running statistics do not depend on the batch.
+          d_mean[c] = normalisation_.training ? total / count : 0;
+          slope[c] = normalisation_.training ? rstd * rstd * dot / count : 0;
+        }
+        if (K > 1) std::fill(bordered, bordered + g.plane, T(0));
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < n_; ++n) {
+          const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
+          for (int64_t c = 0; c < c_; ++c)
+            differentiate(first_, behind(n, c), result + c * size_, scale[c] * both[2 * c + 1], d_mean[c], both[2 * c], slope[c],
+                          gradient + c * first_.step);
+          if (K == 1) {
+            for (int64_t half = 0; half < halves_; ++half) {
+              const T* d_half = gradient + half * rows() * first_.step;
+              const int64_t at = half * rows() * c_in_;
+              rectify(x, n, half, inner);
+              add_outer<T, L>(d_half, first_.step, inner, first_.step, rows(), c_in_, size_, weights.data() + at);
+              multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, rows(), size_, in_gradient, first_.step);
+              through_rectified(x, n, half, in_gradient, add, to);
+            }
+            continue;
+          }
+          prepare(stage, n, x, padded);
+          std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
+          convolution.backward(padded, depthwise_.value + stage * c_ * K * K, turned.data() + stage * c_ * K * K,
+                               pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered,
+                               weights.data() + stage * c_ * K * K, weights.data() + depthwise_size + stage * c_ * c_, in_gradient);
+          if (stage == 0) {
+            for (int64_t c = 0; c < c_; ++c) {
+              const int64_t at = c * g.h * g.w;
+              through_relu(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
+                           to.data + n * to.image + at);
+            }
+          } else {
+            for (int64_t c = 0; c < c_; ++c) {
+              const T* y = saved_ + (n * stages_ * c_ + c) * size_;
+              const T mean = statistics_[2 * c], factor = affine_.value[c] * statistics_[2 * c + 1];
+              through_normalised_relu<T, L>(first_, y, factor, mean, affine_.value[c_ + c], in_gradient + c * g.step,
+                                            between + (n * c_ + c) * size_, sums.data() + (n * c_ + c) * 2);
+            }
+          }
+        }
+      }
+    }
+    for (const auto& each : partial) {
+      if (each.empty()) continue;                  // fewer threads came than were asked for
+      for (int64_t k = 0; k < depthwise_size; ++k) depthwise_.gradient[k] += each[k];
+      for (int64_t k = 0; k < pointwise_size; ++k) pointwise_.gradient[k] += each[depthwise_size + k];
+    }
+  }
+
+ private:
+  const Geometry& geometry(int stage) const { return stage == 0 ? first_ : second_; }
+  // Whether the gradient of the input comes in planes like the output's, and not in padded ones.
+  bool in_rows() const { return K == 1 || first_.stride == 1; }
+  int64_t rows() const { return c_ / halves_; }
+  int64_t room() const { return K == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
+  int64_t inner_room() const { return c_in_ * first_.step; }
+
+  // The padded planes that the convolution of a stage reads.
+  void prepare(int stage, int64_t n, Images<const T> x, T* padded) const {
+    // The border is 0; what the other stage left there is in the way where it lays its planes out differently.
+    if (stages_ > 1 && first_.stride > 1) std::fill(padded, padded + room(), T(0));
+    for (int64_t c = 0; c < c_; ++c) {
+      if (stage == 0)
+        pad(first_, x.data + n * x.image + c * first_.h * first_.w, padded + c * first_.plane);
+      else
+        normalise(second_, saved_ + (n * stages_ * c_ + c) * size_, first_.out_row, affine_.value[c] * statistics_[2 * c + 1],
+                  statistics_[2 * c], affine_.value[c_ + c], padded + c * second_.plane);
+    }
+  }
+
+  // For K = 1: the rectified places of a grid, in planes first_.step apart, and back.
+  void rectify(Images<const T> x, int64_t n, int64_t half, T* to) const { halves_ == 1 ? rectify_with<1>(x, n, half, to) : rectify_with<2>(x, n, half, to); }
+  template <int S>
+  void rectify_with(Images<const T> x, int64_t n, int64_t half, T* to) const {
+    for (int64_t c = 0; c < c_in_; ++c, to += first_.step) {
+      const T* from = x.data + n * x.image + (c * first_.h + half) * first_.w + half;
+      for (int64_t i = 0; i < grid_rows(); ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < grid_columns(); ++j) {
+          const T value = from[i * S * first_.w + j * S];
+          to[i * first_.out_row + j] = value < 0 ? T(0) : value;              // a NaN stays one
+        }
+    }
+  }
+  void through_rectified(Images<const T> x, int64_t n, int64_t half, const T* gradient, bool add, Images<T> to) const {
+    for (int64_t c = 0; c < c_in_; ++c, gradient += first_.step) {
+      const int64_t plane = c * first_.h * first_.w, first = plane + half * (first_.w + 1);
+      const T* value = x.data + n * x.image + first;
+      T *all = to.data + n * to.image + plane, *target = to.data + n * to.image + first;
+      if (!add && halves_ == 2 && half == 0) std::fill(all, all + first_.h * first_.w, T(0));
+      for (int64_t i = 0; i < grid_rows(); ++i) {
+        const T *in = value + i * halves_ * first_.w, *d = gradient + i * first_.out_row;
+        T* out = target + i * halves_ * first_.w;
+        if (halves_ == 2)
+          for (int64_t j = 0; j < first_.out_w; ++j) out[2 * j] += passed(in[2 * j], d[j]);
+        else if (add)
+#pragma omp simd
+          for (int64_t j = 0; j < grid_columns(); ++j) out[j] += passed(in[j], d[j]);
+        else
+#pragma omp simd
+          for (int64_t j = 0; j < grid_columns(); ++j) out[j] = passed(in[j], d[j]);
+      }
+    }
+  }
+  // A grid of every place, in rows that are not rounded up, is one long row.
+  int64_t grid_rows() const { return halves_ == 1 ? first_.rows() : first_.out_h; }
+  int64_t grid_columns() const { return halves_ == 1 ? first_.columns() : first_.out_w; }
+
+  const int64_t n_, c_in_, c_;
+  const int stages_;
+  const int64_t dilation_;
+  const Normalisation normalisation_;
+  const int64_t halves_;
+  const Geometry first_, second_;
+  const int64_t size_, plane_;                   // numbers of a plane of the result in scratch, and in a tensor
+  const typename Weights<T>::Weight pointwise_, affine_;
+  typename Weights<T>::Weight depthwise_{nullptr, nullptr};
+  T *saved_, *statistics_, *new_running_;
+  const T* running_;
+};
+
+template <typename T, int K>
+std::unique_ptr<Operation<T>> make_conv_norm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, int stages,
+                                             int64_t stride, int64_t dilation, const Normalisation& normalisation,
+                                             Weights<T>* weights) {
+  std::unique_ptr<Operation<T>> made;
+  with_lanes<T>((w - 1) / stride + 1, [&](auto lanes) {
+    made.reset(new ConvNorm<T, decltype(lanes)::value, K>(n, c_in, channels, h, w, stages, stride, dilation, normalisation, weights));
+  });
+  return made;
+}
+
+// What the attributes of the operator say.
+struct Structure {
+  std::vector<std::string> operations;           // of the edges, two a node
+  std::vector<int> states, concat;               // that each edge reads; that are the output
+  int64_t channels;
+  bool reduction, reduction_prev;
+
+  int64_t count() const { return 2 + operations.size() / 2; }
+  int64_t stride(int edge) const { return reduction && states[edge] < 2 ? 2 : 1; }
+  // Where state s is in the output, or -1.
+  int64_t place(int64_t s) const {
+    const auto found = std::find(concat.begin(), concat.end(), s);
+    return found == concat.end() ? -1 : found - concat.begin();
+  }
+  bool droppable(int edge) const { return operations[edge] != "skip_connect" || stride(edge) == 2; }
+};
+
+template <typename T>
+class DiscreteCell {
+ public:
+  // inputs: the outputs of the two cells before, then the weights; gradients: of all of them, or none.
+  DiscreteCell(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients, const Structure& structure,
+               const Normalisation& normalisation)
+      : structure_(structure), x0_(inputs[0]), x1_(inputs[1]), gradients_(gradients), n_(x1_.shape()[0]), c_(structure.channels),
+        h_(x1_.shape()[2]), w_(x1_.shape()[3]), out_h_(h_ / (structure.reduction ? 2 : 1)),
+        out_w_(w_ / (structure.reduction ? 2 : 1)) {
+    Weights<T> cursor(inputs, gradients);
+    operations_.push_back(make_conv_norm<T, 1>(n_, x0_.shape()[1], c_, x0_.shape()[2], x0_.shape()[3], 1,
+                                               structure.reduction_prev ? 2 : 1, 1, normalisation, &cursor));
+    operations_.push_back(make_conv_norm<T, 1>(n_, x1_.shape()[1], c_, h_, w_, 1, 1, 1, normalisation, &cursor));
+    for (size_t edge = 0; edge < structure.operations.size(); ++edge)
+      operations_.push_back(make(edge, normalisation, &cursor));
+  }
+
+  // Sizes of the tensors that go from the forward pass to the backward pass.
+  int64_t saved_size() const {
+    int64_t size = own_states() * c_ * n_ * std::max(h_ * w_, out_h_ * out_w_);
+    for (const auto& operation : operations_) size += operation->saved_size();
+    return size;
+  }
+  int64_t normalised() const {
+    int64_t channels = 0;
+    for (const auto& operation : operations_) channels += operation->normalised();
+    return channels;
+  }
+
+  void forward(Mask<T> masks, const T* running, T* out, T* saved, T* statistics, T* new_running) {
+    place(out, &saved);
+    Memory<T> memory{saved, statistics, running, new_running};
+    for (const auto& operation : operations_) operation->bind(&memory);
+    operations_[0]->forward(input(x0_), {nullptr, 0}, false, states_[0]);
+    operations_[1]->forward(input(x1_), {nullptr, 0}, false, states_[1]);
+    for (size_t edge = 0; edge < structure_.operations.size(); ++edge)
+      operations_[2 + edge]->forward(states_[structure_.states[edge]], mask_of(edge, masks), edge % 2, states_[2 + edge / 2]);
+  }
+
+  void backward(Mask<T> masks, const T* running, const T* out, const T* saved, const T* statistics,
+                const T* out_gradient) {
+    // Nothing of these is written.
+    T* at = const_cast<T*>(saved);
+    place(const_cast<T*>(out), &at);
+    Memory<T> memory{at, const_cast<T*>(statistics), running, nullptr};
+    int64_t workspace_size = 0;
+    for (const auto& operation : operations_) {
+      operation->bind(&memory);
+      workspace_size = std::max(workspace_size, operation->workspace_size());
+    }
+    // Room from Paddle's allocator, which keeps it: fresh memory costs more than what is computed in it.
+    const int64_t outer = c_ * h_ * w_, inner = c_ * out_h_ * out_w_, count = structure_.count();
+    Tensor room = paddle::empty({n_ * (2 * outer + (count - 2) * inner) + workspace_size}, x1_.dtype(), x1_.place());
+    T *next = room.data<T>(), *workspace = next + n_ * (2 * outer + (count - 2) * inner);
+    std::vector<Images<T>> gradients;
+    std::vector<bool> begun;                       // whether something is there to be added to
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t size = s < 2 ? outer : inner, at_out = structure_.place(s);
+      gradients.push_back({next, size});
+      begun.push_back(at_out >= 0);
+      next += n_ * size;
+      if (at_out >= 0)
+        Identity<T>(n_, size).forward({out_gradient + at_out * size, static_cast<int64_t>(structure_.concat.size()) * size},
+                                      {nullptr, 0}, false, gradients[s]);
+    }
+    for (int edge = structure_.operations.size() - 1; edge >= 0; --edge) {
+      const int s = structure_.states[edge], node = 2 + edge / 2;
+      // A node that nothing reads has no gradient.
+      if (!begun[node]) clear(gradients[node]), begun[node] = true;
+      operations_[2 + edge]->backward(states_[s], mask_of(edge, masks), gradients[node], begun[s], gradients[s], workspace);
+      begun[s] = true;
+    }
+    for (int s = 0; s < 2; ++s)
+      if (!begun[s]) clear(gradients[s]);
+    for (int s = 1; s >= 0; --s) {
+      const Images<const T> x = input(s == 0 ? x0_ : x1_);
+      operations_[s]->backward(x, {nullptr, 0}, gradients[s], false, {(*gradients_)[s].template data<T>(), x.image}, workspace);
+    }
+  }
+
+ private:
+  std::unique_ptr<Operation<T>> make(int edge, const Normalisation& normalisation, Weights<T>* cursor) const {
+    const std::string& name = structure_.operations[edge];
+    const int64_t stride = structure_.stride(edge), h = structure_.states[edge] < 2 ? h_ : out_h_;
+    const int64_t w = structure_.states[edge] < 2 ? w_ : out_w_;
+    if (name == "max_pool_3x3" || name == "avg_pool_3x3")
+      return std::unique_ptr<Operation<T>>(new Pool<T>(n_, c_, h, w, stride, name == "max_pool_3x3"));
+    if (name == "skip_connect" && stride == 1) return std::unique_ptr<Operation<T>>(new Identity<T>(n_, c_ * h * w));
+    const auto convolve = [&](auto kernel, int stages, int dilation) {
+      return make_conv_norm<T, decltype(kernel)::value>(n_, c_, c_, h, w, stages, stride, dilation, normalisation, cursor);
+    };
+    if (name == "skip_connect") return convolve(std::integral_constant<int, 1>(), 1, 1);
+    if (name == "sep_conv_3x3") return convolve(std::integral_constant<int, 3>(), 2, 1);
+    if (name == "sep_conv_5x5") return convolve(std::integral_constant<int, 5>(), 2, 1);
+    if (name == "sep_conv_7x7") return convolve(std::integral_constant<int, 7>(), 2, 1);
+    if (name == "dil_conv_3x3") return convolve(std::integral_constant<int, 3>(), 1, 2);
+    if (name == "dil_conv_5x5") return convolve(std::integral_constant<int, 5>(), 1, 2);
+    PD_THROW("this operator knows no operation ", name);
+  }
+  // States that are not in the output have room of their own.
+  int64_t own_states() const { return structure_.count() - structure_.concat.size(); }
+  void place(T* out, T** saved) {
+    for (int64_t s = 0; s < structure_.count(); ++s) {
+      const int64_t size = s < 2 ? c_ * h_ * w_ : c_ * out_h_ * out_w_, at = structure_.place(s);
+      states_.push_back(at < 0 ? Images<T>{*saved, size}
+                               : Images<T>{out + at * size, static_cast<int64_t>(structure_.concat.size()) * size});
+      if (at < 0) *saved += n_ * size;
+    }
+  }
+  void clear(Images<T> images) const { std::fill(images.data, images.data + n_ * images.image, T(0)); }
+  static Images<const T> input(const Tensor& x) { return {x.data<T>(), x.numel() / x.shape()[0]}; }
+  // masks: [N, edges that may be dropped].
+  Mask<T> mask_of(int edge, Mask<T> masks) const {
+    if (!masks.data || !structure_.droppable(edge)) return {nullptr, 0};
+    int64_t number = 0;
+    for (int k = 0; k < edge; ++k) number += structure_.droppable(k);
+    return {masks.data + number, masks.step};
+  }
+
+  const Structure structure_;
+  const Tensor &x0_, &x1_;
+  std::vector<Tensor>* const gradients_;
+  const int64_t n_, c_, h_, w_, out_h_, out_w_;  // of the states 0 and 1, of the nodes
+  std::vector<std::unique_ptr<Operation<T>>> operations_;        // for both inputs, then for the edges
+  std::vector<Images<T>> states_;
+};
+
+template <typename T>
+Mask<T> masks_in(const Tensor& masks, bool masked) {
+  return {masked ? masks.data<T>() : nullptr, masked ? masks.shape()[1] : 0};
+}
+
+std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks,
+                            const std::vector<std::string>& operations, const std::vector<int>& states,
+                            const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool training,
+                            bool masked, float epsilon, float momentum) {
+  const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
+  const Tensor& x = inputs[1];
+  const auto empty = [&](const std::vector<int64_t>& shape) { return paddle::empty(shape, x.dtype(), x.place()); };
+  const int64_t stride = reduction ? 2 : 1, c = channels * concat.size();
+  Tensor out = empty({x.shape()[0], c, x.shape()[2] / stride, x.shape()[3] / stride}), new_running = empty(running.shape());
+  Tensor saved, statistics;
+  PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_discrete_cell", ([&] {
+    DiscreteCell<data_t> cell(inputs, nullptr, structure, {training, epsilon, momentum});
+    saved = empty({cell.saved_size()}), statistics = empty({cell.normalised(), 2});
+    cell.forward(masks_in<data_t>(masks, masked), running.data<data_t>(), out.data<data_t>(), saved.data<data_t>(),
+                 statistics.data<data_t>(), new_running.data<data_t>());
+  }));
+  return {out, saved, statistics, new_running};
+}
+
+std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks, const Tensor& out,
+                             const Tensor& saved, const Tensor& statistics, const Tensor& out_gradient,
+                             const std::vector<std::string>& operations, const std::vector<int>& states,
+                             const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool training,
+                             bool masked, float epsilon, float momentum) {
+  const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
+  std::vector<Tensor> gradients;                   // those of x0 and x1 are written, those of the weights are added up
+  for (const Tensor& each : inputs)
+    gradients.push_back(gradients.size() < 2 ? paddle::empty(each.shape(), each.dtype(), each.place())
+                                             : paddle::zeros(each.shape(), each.dtype(), each.place()));
+  PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell_grad", ([&] {
+    DiscreteCell<data_t>(inputs, &gradients, structure, {training, epsilon, momentum})
+        .backward(masks_in<data_t>(masks, masked), running.data<data_t>(), out.data<data_t>(), saved.data<data_t>(),
+                  statistics.data<data_t>(), out_gradient.data<data_t>());
+  }));
+  return gradients;
+}
+
+using Shape = std::vector<int64_t>;
+std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const Shape& running, const Shape&,
+                              const std::vector<std::string>&, const std::vector<int>&, const std::vector<int>& concat,
+                              int channels, bool reduction, bool, bool, bool, float, float) {
+  const int64_t stride = reduction ? 2 : 1, c = channels * concat.size();
+  const Shape& x = inputs[1];
+  return {{x[0], c, x[2] / stride, x[3] / stride}, {-1}, {running[0] / 2, 2}, running};
+}
+
+using paddle::DataType;
+std::vector<DataType> InferDtype(const std::vector<DataType>& inputs, const DataType&, const DataType&) {
+  return {inputs[0], inputs[0], inputs[0], inputs[0]};
+}
+
+}  // namespace
+
+#define DARTS_CELL_ATTRIBUTES                                                                                             \
+  {"operations: std::vector<std::string>", "states: std::vector<int>", "concat: std::vector<int>", "channels: int",      \
+   "reduction: bool", "reduction_prev: bool", "training: bool", "masked: bool", "epsilon: float", "momentum: float"}
+
+// Paddle wants a list of gradients to be the only output, so all that has a gradient is one list.
+PD_BUILD_OP(darts_discrete_cell)
+    .Inputs({paddle::Vec("Inputs"), "Running", "Masks"})
+    .Outputs({"Out", "Saved", "Statistics", "NewRunning"})
+    .Attrs(DARTS_CELL_ATTRIBUTES)
+    .SetKernelFn(PD_KERNEL(Forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(InferShape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(InferDtype));
+
+PD_BUILD_GRAD_OP(darts_discrete_cell)
+    .Inputs({paddle::Vec("Inputs"), "Running", "Masks", "Out", "Saved", "Statistics", paddle::Grad("Out")})
+    .Outputs({paddle::Grad(paddle::Vec("Inputs"))})
+    .Attrs(DARTS_CELL_ATTRIBUTES)
+    .SetKernelFn(PD_KERNEL(Backward));
