@@ -9,7 +9,8 @@ import paddle
 import paddle.nn.functional as F
 
 import custom_ops
-from operations import BN_EPSILON, BN_MOMENTUM, BatchNorm, conv, drop_path_masks, linear, operation, preprocess
+from operations import (BN_EPSILON, BN_MOMENTUM, BatchNorm, conv, drop_path_masks, linear, mean_of_planes, operation,
+                        preprocess)
 from parameters import Evaluation, FlatNetwork, Function, Layout
 from utils import UserError
 
@@ -206,7 +207,7 @@ class Network(FlatNetwork):
             s0, s1 = s1, cell(s0, s1, mask)
             if self.auxiliary_head and self.layout.training and i == self.auxiliary_after:
                 auxiliary_logits = self.auxiliary_head(s1)
-        return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias), auxiliary_logits
+        return linear(mean_of_planes(s1), self.classifier, self.classifier_bias), auxiliary_logits
 
     def _smoothed_loss(self, logits, labels):
         """Cross entropy against (1 - e) one_hot + e / classes (arXiv 1512.00567, section 7)."""

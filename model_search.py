@@ -15,7 +15,7 @@ import paddle.nn.functional as F
 import custom_ops
 from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES, derive, softmax
 from operations import (BN_EPSILON, BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, States, avg_pool,
-                        batch_norm, conv, linear, max_pool)
+                        batch_norm, conv, linear, max_pool, mean_of_planes)
 from parameters import Blocks, Evaluation, FlatNetwork, Function, Layout, check_numbers
 from utils import UserError
 
@@ -234,7 +234,7 @@ class Supernet(FlatNetwork):
         s0 = s1 = self.stem_norm(conv(images, self.stem, padding=1))
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, mixing[cell.reduction], weight_gradients)
-        return linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias)
+        return linear(mean_of_planes(s1), self.classifier, self.classifier_bias)
 
     def run(self, feed):
         """Loss and gradients of a batch from `feed`; the gradients stay on the device."""

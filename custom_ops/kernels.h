@@ -20,6 +20,15 @@ namespace {
 
 using paddle::Tensor;
 
+// What the processor has: bytes of a vector, how many vectors it keeps at hand.
+#ifdef __AVX512F__
+constexpr int kBytes = 64, kRegisters = 32;
+#else
+constexpr int kBytes = 32, kRegisters = 16;
+#endif
+template <typename T>
+constexpr int kMost = kBytes / sizeof(T);        // numbers in the widest vector
+
 // L numbers side by side. The compiler maps them to whatever vector registers the machine has.
 template <typename T, int L>
 struct Vector {
@@ -298,30 +307,35 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
     for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_step + c * L, sums[r][c]);
 }
 
-template <typename T, int L, int ROWS>
-void multiply_rows(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t inner, int64_t size,
-                   T* out, int64_t out_step) {
-  int64_t p = 0;
-  for (; p + 4 * L <= size; p += 4 * L)
-    multiply_tile<T, L, ROWS, 4>(a, a_row, a_column, b + p, b_step, inner, out + p, out_step);
-  for (; p < size; p += L) multiply_tile<T, L, ROWS, 1>(a, a_row, a_column, b + p, b_step, inner, out + p, out_step);
+template <typename T, int L, int COLUMNS>
+void multiply_columns(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows, int64_t inner,
+                      T* out, int64_t out_step) {
+  for (int64_t r = 0; r < rows;) {
+    const int64_t left = rows - r;
+    const T* from = a + r * a_row;
+    T* to = out + r * out_step;
+    if (left >= 6 && left != 8)                    // 8 is better done as 4 + 4
+      multiply_tile<T, L, 6, COLUMNS>(from, a_row, a_column, b, b_step, inner, to, out_step), r += 6;
+    else if (left >= 4)
+      multiply_tile<T, L, 4, COLUMNS>(from, a_row, a_column, b, b_step, inner, to, out_step), r += 4;
+    else
+      multiply_tile<T, L, 1, COLUMNS>(from, a_row, a_column, b, b_step, inner, to, out_step), r += 1;
+  }
 }
 
-// Lanes for a product: planes of 8 x 8 are too narrow for the widest vectors, but 64 numbers in a row are not.
-template <typename T>
-constexpr int kMost = 64 / sizeof(T);
-
-// out [rows, size] = a [rows, inner] b [inner, size]; size is a multiple of L; *_step: from row to row.
+// out [rows, size] = a [rows, inner] b [inner, size]; size is a multiple of L; *_step: from row to row. A few columns of b
+// stay in the cache while all rows of a pass over them.
 template <typename T, int L>
 void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows, int64_t inner,
               int64_t size, T* out, int64_t out_step) {
+  // Planes of 8 x 8 are too narrow for the widest vectors, but 64 numbers in a row are not.
   if (L < kMost<T> && size % kMost<T> == 0)
     return multiply<T, kMost<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step);
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4)
-    multiply_rows<T, L, 4>(a + r * a_row, a_row, a_column, b, b_step, inner, size, out + r * out_step, out_step);
-  for (; r < rows; ++r)
-    multiply_rows<T, L, 1>(a + r * a_row, a_row, a_column, b, b_step, inner, size, out + r * out_step, out_step);
+  constexpr int COLUMNS = kRegisters / 8;
+  int64_t p = 0;
+  for (; p + COLUMNS * L <= size; p += COLUMNS * L)
+    multiply_columns<T, L, COLUMNS>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
+  for (; p < size; p += L) multiply_columns<T, L, 1>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
 }
 
 template <typename T, int L, int ROWS, int COLUMNS>
@@ -356,22 +370,24 @@ inline void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, i
     for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += sum<T, L>(sums[r][c]);
 }
 
+template <typename T, int L, int ROWS>
+void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out, int64_t out_row) {
+  constexpr int COLUMNS = kRegisters / 8;
+  int64_t c = 0;
+  for (; c + COLUMNS <= columns; c += COLUMNS)
+    outer_tile<T, L, ROWS, COLUMNS>(a, a_step, b + c * b_step, b_step, size, out + c, out_row);
+  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1>(a, a_step, b + c * b_step, b_step, size, out + c, out_row);
+}
+
 // out [rows, columns] += a [rows, size] b [columns, size]^T; size is a multiple of L.
 template <typename T, int L>
 void add_outer(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t rows, int64_t columns, int64_t size, T* out) {
   if (L < kMost<T> && size % kMost<T> == 0)
     return add_outer<T, kMost<T>>(a, a_step, b, b_step, rows, columns, size, out);
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4)
-      outer_tile<T, L, 4, 4>(a + r * a_step, a_step, b + c * b_step, b_step, size, out + r * columns + c, columns);
-    for (; c < columns; ++c)
-      outer_tile<T, L, 4, 1>(a + r * a_step, a_step, b + c * b_step, b_step, size, out + r * columns + c, columns);
-  }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c)
-      outer_tile<T, L, 1, 1>(a + r * a_step, a_step, b + c * b_step, b_step, size, out + r * columns + c, columns);
+  for (; r + 4 <= rows; r += 4)
+    outer_rows<T, L, 4>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns, columns);
+  for (; r < rows; ++r) outer_rows<T, L, 1>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns, columns);
 }
 
 // A separable convolution of the C channels of one image for one edge: depthwise [C, K, K], then pointwise [C, C].
@@ -409,7 +425,7 @@ struct Separable {
     for (int64_t c = 0; c < channels; ++c) {
       const T* one = inner_gradient + c * g.step;
       if (weight_gradient)
-        correlate_weights<T, L, K, (K > 5 ? K : K * K)>(g, padded + c * g.plane, taps, one, weight_gradient + c * K * K);
+        correlate_weights<T, L, K, (K * K < kRegisters - 2 ? K * K : K)>(g, padded + c * g.plane, taps, one, weight_gradient + c * K * K);
       if (g.stride == 1) {
         for (int64_t r = 0; r < g.out_h; ++r)
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, one + r * g.out_row, g.out_w * sizeof(T));
