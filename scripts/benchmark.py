@@ -13,6 +13,7 @@ import argparse
 import collections
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -64,17 +65,25 @@ class Side:
         for line in self.process.stdout:
             if line.startswith('{'):                          # and not what a library has to say
                 return json.loads(line)
-        raise utils.UserError("a side of the benchmark ended early; what it said stands above")
+        status = self.process.wait()
+        raise utils.UserError("a side of the benchmark ended early; "
+                              + ("the system killed it, as it does when memory runs out" if status == -signal.SIGKILL
+                                 else "what it said stands above"))
+
+    def _ask(self, what):
+        try:
+            print(what, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass                                              # _receive says so
+        return self._receive()
 
     def step(self):
         """One step, -> seconds."""
-        print('step', file=self.process.stdin, flush=True)
-        return self._receive()['seconds']
+        return self._ask('step')['seconds']
 
     def end(self):
         """-> the most memory that it held, in GB."""
-        print('end', file=self.process.stdin, flush=True)
-        memory = self._receive()['memory']
+        memory = self._ask('end')['memory']
         self.process.wait()
         return memory
 
@@ -222,21 +231,30 @@ def check_same(ours, peers):
 
 
 def compare(what, ours, theirs, args, **settings):
-    """Rows of the table for steps of both sides, in turns; of the peer's layouts the fastest one counts."""
+    """Rows of the table for steps of both sides, in turns; of the peer's layouts the fastest one counts.
+
+    One peer at a time: two of them would not fit into the memory of a small machine.
+    """
     layouts = LAYOUTS + (COMPILED,) * args.compile
     with tempfile.TemporaryDirectory() as folder:
         settings['weights'] = os.path.join(folder, 'weights.npz')
-        sides = {'ours': Side(ours, **settings)}
-        sides.update((layout, Side(theirs, layout=layout, **settings)) for layout in layouts)
-    check_same(sides['ours'].answer, [sides[layout].answer for layout in layouts])
-    seconds = alternate_sides(sides, args.rounds)
-    memory = {name: side.end() for name, side in sides.items()}
-    best = min(layouts, key=seconds.get)
+        side, peer, alone = Side(ours, **settings), None, {}
+        for layout in layouts:
+            if peer:
+                peer.end()
+            peer = Side(theirs, layout=layout, **settings)
+            check_same(side.answer, [peer.answer])
+            peer.step()                                       # to warm up
+            alone[layout] = peer.step()
+        best = min(layouts, key=alone.get)
+        if best != layouts[-1]:
+            peer.end()
+            peer = Side(theirs, layout=best, **settings)
+    seconds = alternate_sides({'ours': side, 'peer': peer}, args.rounds)
+    memory = {'ours': side.end(), 'peer': peer.end()}
     name = f"PyTorch, {best.replace('_format', '').replace('_', ' ')}"
-    return [{'what': f'{what}, time', 'unit': 's', 'ours': seconds['ours'], 'peer': seconds[best], 'peer is': name,
-             'ratio': seconds['ours'] / seconds[best]},
-            {'what': f'{what}, peak memory', 'unit': 'GB', 'ours': memory['ours'], 'peer': memory[best],
-             'peer is': name, 'ratio': memory['ours'] / memory[best]}]
+    return [{'what': f'{what}, {which}', 'unit': unit, **values, 'peer is': name, 'ratio': values['ours'] / values['peer']}
+            for which, unit, values in (('time', 's', seconds), ('peak memory', 'GB', memory))]
 
 
 def alternate_sides(sides, rounds):

@@ -96,7 +96,7 @@ def main():
     add('--train_seeds', type=utils.number(int, 0), nargs='+', default=[0], help='a training of each genotype each (%(default)s)')
     add('--train_channels', type=whole, default=8, help='(%(default)s)')
     add('--train_layers', type=whole, default=5, help='(%(default)s)')
-    add('--train_epochs', type=whole, default=5, help='(%(default)s)')
+    add('--train_epochs', type=whole, default=3, help='(%(default)s)')
     add('--train_batch_size', type=whole, default=64, help='(%(default)s)')
     args = parser.parse_args()
     args.data = ['--data', args.data] if args.data else []
