@@ -52,7 +52,7 @@ class Cell:
         """masks: None, or drop path's [N, edges other than identities, 1, 1]."""
         if self.weights and custom_ops.enabled():
             return self._as_one_operator(s0, s1, masks)
-        masks = iter([] if masks is None else paddle.split(masks, masks.shape[1], axis=1))
+        masks = iter([] if masks is None else paddle.split(masks, sum(self.droppable), axis=1))
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         results = []
         for operate, state, droppable in zip(self.operations, self.states, self.droppable):
