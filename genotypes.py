@@ -62,8 +62,21 @@ DARTS_PADDLE = _genotype(                            # found by the PaddlePaddle
     'skip_connect 1 max_pool_3x3 0  max_pool_3x3 1 skip_connect 2  skip_connect 2 dil_conv_5x5 3 '
     'skip_connect 2 max_pool_3x3 1')
 
+FASHION_MNIST_0 = _genotype(                         # found by scripts/compare_genotypes.py, seed 0
+    'sep_conv_3x3 1 sep_conv_5x5 0  avg_pool_3x3 1 sep_conv_3x3 0  sep_conv_5x5 3 avg_pool_3x3 0 '
+    'sep_conv_5x5 0 sep_conv_3x3 4',
+    'sep_conv_3x3 1 sep_conv_5x5 0  sep_conv_3x3 2 sep_conv_5x5 1  sep_conv_5x5 1 sep_conv_3x3 3 '
+    'sep_conv_5x5 1 sep_conv_3x3 0')
+
+FASHION_MNIST_1 = _genotype(                         # the same, seed 1
+    'sep_conv_5x5 0 dil_conv_3x3 1  sep_conv_3x3 2 sep_conv_3x3 1  sep_conv_5x5 2 sep_conv_5x5 0 '
+    'sep_conv_5x5 4 sep_conv_3x3 2',
+    'sep_conv_3x3 0 sep_conv_3x3 1  sep_conv_5x5 1 sep_conv_5x5 2  sep_conv_5x5 1 dil_conv_5x5 3 '
+    'max_pool_3x3 4 max_pool_3x3 1')
+
 GENOTYPES = {'NASNet': NASNet, 'AmoebaNet': AmoebaNet, 'DARTS_V1': DARTS_V1, 'DARTS_V2': DARTS_V2,
-             'DARTS': DARTS_V2, 'DARTS_PADDLE': DARTS_PADDLE}
+             'DARTS': DARTS_V2, 'DARTS_PADDLE': DARTS_PADDLE, 'FASHION_MNIST_0': FASHION_MNIST_0,
+             'FASHION_MNIST_1': FASHION_MNIST_1}
 
 
 def load(name):

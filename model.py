@@ -44,6 +44,7 @@ class Cell:
         if custom_ops.OPERATIONS.issuperset(names):
             self.weights = list(layout.bundles(first).values())
             self.running, = layout.statistics.bundles(first_statistic).values()
+        # Those of both sizes of pictures in the cell, for the count of multiply-adds.
         self.input_kernels, self.edge_kernels = (
             [block for block in blocks if block.tail]
             for blocks in (layout.blocks[first:last_preprocess], layout.blocks[last_preprocess:]))
@@ -195,8 +196,8 @@ class Network(FlatNetwork):
         if not self.drops_paths or not any(counts):
             return [None] * len(counts)
         masks = drop_path_masks(paddle.shape(images)[0], sum(counts), self.store.input('keep', [1]))
-        parts = [count for count in counts if count]
-        parts = iter(paddle.split(masks, parts, axis=1) if len(parts) > 1 else [masks])
+        sizes = [count for count in counts if count]
+        parts = iter(paddle.split(masks, sizes, axis=1) if len(sizes) > 1 else [masks])
         return [next(parts) if count else None for count in counts]
 
     def _logits(self, images, masks=None):

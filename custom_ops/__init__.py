@@ -60,12 +60,15 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
 
     x0 [N, C0, H0, W0], x1 [N, C1, H, W]: the outputs of the two cells before (H0 = 2 * H with reduction_prev);
     running [R]: mean, variance of each normalisation; masks: None, or [N, E, 1, 1] that the results of the E edges
-    other than identities are multiplied by; weights: in the order in which model.Cell declares them, a tensor
-    [rows, columns, k, k] for each columns and k, and one [R] with scale, shift of each normalisation; operations: of
+    other than identities are multiplied by; weights: a tensor [rows, columns, k, k] for each columns
+    and k, and one [R] with scale, shift of each normalisation, their rows as model.Cell declares them; operations: of
     OPERATIONS, two a node; states: that each reads; concat: the states that are the output; training: whether to
     normalise by the batch and to move the running statistics.
     -> the output [N, len(concat) * channels, H', W'] and the running statistics.
+    Raises ValueError for a height or width that a reduction cell cannot halve.
     """
+    if reduction and (x1.shape[2] % 2 or x1.shape[3] % 2):
+        raise ValueError(f"a reduction cell halves height and width, {x1.shape[2]} x {x1.shape[3]} cannot be halved")
     return _build('darts_discrete_cell', {'Inputs@VECTOR': [x0, x1, *weights], 'Running': running,
                                           'Masks': running if masks is None else masks},
                   ['Out', 'Saved', 'Statistics', 'NewRunning'],

@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-int darts_threads = 0;
+int darts_threads = 0;                           // of both operators; kernels.h says more
 
 namespace {
 
@@ -57,6 +57,10 @@ class Weights {
     PD_THROW("the cell has no weights for an operation of its genotype");
   }
   Weight take_affine(int64_t size) { return take(size, 0, 0); }
+  void check_all_taken() const {
+    for (size_t k = 2; k < values_.size(); ++k)
+      PD_CHECK(taken_[k] == values_[k].numel(), "the cell has more weights than the operations of its genotype");
+  }
 
  private:
   const std::vector<Tensor>& values_;
@@ -68,43 +72,47 @@ class Weights {
 template <typename T>
 struct Memory {
   T *saved, *statistics;                         // written by the forward pass and read by the backward pass
-  const T* running;
-  T* new_running;                                // null in the backward pass
+  const T* running;                              // these are null in the backward pass
+  T* new_running;
 };
 
 template <typename T>
 class Operation {
  public:
   virtual ~Operation() = default;
-  // Numbers kept for the gradient; in room for what a backward pass has in between; normalised channels.
-  virtual int64_t saved_size() const { return 0; }
-  virtual int64_t workspace_size() const { return 0; }
-  virtual int64_t normalised() const { return 0; }
+  virtual int64_t saved_size() const { return 0; }             // numbers kept for the gradient
+  virtual int64_t workspace_size() const { return 0; }         // numbers that a backward pass needs room for
+  virtual int64_t normalised() const { return 0; }             // channels, of all normalisations
   virtual void bind(Memory<T>*) {}
   // out = (or +=, if add) mask * operation(x); to = (or +=) the gradient of x, d being that of out.
   virtual void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) = 0;
   virtual void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T* workspace) = 0;
 };
 
+// to = (or +=, if add) from, n images of `size` numbers.
+template <typename T>
+void copy_images(int64_t n, int64_t size, Images<const T> from, bool add, Images<T> to) {
+#pragma omp parallel for schedule(static) num_threads(threads())
+  for (int64_t k = 0; k < n; ++k) {
+    const T* source = from.data + k * from.image;
+    T* target = to.data + k * to.image;
+    if (!add) std::memcpy(target, source, size * sizeof(T));
+    else
+#pragma omp simd
+      for (int64_t p = 0; p < size; ++p) target[p] += source[p];
+  }
+}
+
 template <typename T>
 class Identity : public Operation<T> {
  public:
   Identity(int64_t n, int64_t size) : n_(n), size_(size) {}
-  void forward(Images<const T> x, Mask<T>, bool add, Images<T> out) override { copy(x, add, out); }
-  void backward(Images<const T>, Mask<T>, Images<const T> d, bool add, Images<T> to, T*) override { copy(d, add, to); }
+  void forward(Images<const T> x, Mask<T>, bool add, Images<T> out) override { copy_images(n_, size_, x, add, out); }
+  void backward(Images<const T>, Mask<T>, Images<const T> d, bool add, Images<T> to, T*) override {
+    copy_images(n_, size_, d, add, to);
+  }
 
  private:
-  void copy(Images<const T> from, bool add, Images<T> to) const {
-#pragma omp parallel for schedule(static) num_threads(threads())
-    for (int64_t n = 0; n < n_; ++n) {
-      const T* source = from.data + n * from.image;
-      T* target = to.data + n * to.image;
-      if (!add) std::memcpy(target, source, size_ * sizeof(T));
-      else
-#pragma omp simd
-        for (int64_t p = 0; p < size_; ++p) target[p] += source[p];
-    }
-  }
   const int64_t n_, size_;
 };
 
@@ -182,10 +190,11 @@ class ConvNorm : public Operation<T> {
         second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, K / 2, L)), size_(first_.size),
         plane_(first_.out_h * first_.out_w), pointwise_(weights->take(stages * c_, c_in, 1)),
         affine_(weights->take_affine(2 * stages * c_)) {
-    if (K > 1) depthwise_ = weights->take(stages * c_, 1, K);
+    if constexpr (K > 1) depthwise_ = weights->take(stages * c_, 1, K);
   }
 
-  // The results of the convolutions [N, stages, C planes]; behind the first normalisation [N, C planes].
+  // Saved: the results of the convolutions [N, stages, C planes]; workspace: the gradient behind the first of two
+  // normalisations [N, C planes].
   int64_t saved_size() const override { return n_ * stages_ * c_ * size_; }
   int64_t workspace_size() const override { return stages_ > 1 ? n_ * c_ * size_ : 0; }
   int64_t normalised() const override { return stages_ * c_; }
@@ -193,8 +202,7 @@ class ConvNorm : public Operation<T> {
     saved_ = memory->saved, statistics_ = memory->statistics;
     running_ = memory->running, new_running_ = memory->new_running;
     memory->saved += saved_size(), memory->statistics += 2 * normalised();
-    memory->running += 2 * normalised();
-    if (new_running_) memory->new_running += 2 * normalised();
+    if (running_) memory->running += 2 * normalised(), memory->new_running += 2 * normalised();
   }
 
   // affine, running: [stages, 2, C] with scale and shift, mean and variance; statistics: [stages, C, 2] with mean and
@@ -208,18 +216,18 @@ class ConvNorm : public Operation<T> {
       scratch.reserve(room() + inner_room());
       T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room());
       for (int stage = 0; stage < stages_; ++stage) {
-        const Separable<T, L, K> convolution(geometry(stage), dilation_, c_);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < n_; ++n) {
           T* result = saved_ + (n * stages_ + stage) * c_ * size_;
-          if (K > 1) {
+          if constexpr (K > 1) {
             prepare(stage, n, x, padded);
-            convolution.forward(padded, depthwise_.value + stage * c_ * K * K, pointwise_.value + stage * c_ * c_, inner, result);
+            Separable<T, L, K>(geometry(stage), dilation_, c_).forward(
+                padded, depthwise_.value + stage * c_ * K * K, pointwise_.value + stage * c_ * c_, inner, result);
           } else {
             for (int64_t half = 0; half < halves_; ++half) {
               rectify(x, n, half, inner);
-              multiply<T, L>(pointwise_.value + half * rows() * c_in_, c_in_, 1, inner, first_.step, rows(), c_in_, size_,
-                             result + half * rows() * size_, size_);
+              multiply<T, L>(pointwise_.value + half * half_channels() * c_in_, c_in_, 1, inner, first_.step, half_channels(),
+                             c_in_, size_, result + half * half_channels() * size_, size_);
             }
           }
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
@@ -231,8 +239,8 @@ class ConvNorm : public Operation<T> {
           double mean = running_[at], variance = running_[at + c_];
           const double kept = normalisation_.training ? normalisation_.momentum : 1;
           if (normalisation_.training) combine_moments(moments.data() + 2 * c, n_, 2 * c_, plane_, &mean, &variance);
-          T* both = statistics_ + (stage * c_ + c) * 2;
-          both[0] = mean, both[1] = 1 / std::sqrt(variance + normalisation_.epsilon);
+          T* mean_rstd = statistics_ + (stage * c_ + c) * 2;
+          mean_rstd[0] = mean, mean_rstd[1] = 1 / std::sqrt(variance + normalisation_.epsilon);
           new_running_[at] = kept * running_[at] + (1 - kept) * mean;
           new_running_[at + c_] = kept * running_[at + c_] + (1 - kept) * variance;
         }
@@ -242,9 +250,10 @@ class ConvNorm : public Operation<T> {
       for (int64_t n = 0; n < n_; ++n) {
         const T keep = mask[n];
         for (int64_t c = 0; c < c_; ++c) {
-          const T *from = saved_ + (n * stages_ * c_ + last + c) * size_, *both = statistics_ + (last + c) * 2;
+          const T *from = saved_ + (n * stages_ * c_ + last + c) * size_, *mean_rstd = statistics_ + (last + c) * 2;
           T* to = out.data + n * out.image + c * plane_;
-          const T mean = both[0], factor = keep * affine[2 * last + c] * both[1], shift = keep * affine[2 * last + c_ + c];
+          const T mean = mean_rstd[0], factor = keep * affine[2 * last + c] * mean_rstd[1];
+          const T shift = keep * affine[2 * last + c_ + c];
           for (int64_t i = 0; i < first_.rows(); ++i) {
             const T* source = from + i * first_.out_row;
             T* target = to + i * first_.out_w;
@@ -263,17 +272,15 @@ class ConvNorm : public Operation<T> {
   void backward(Images<const T> x, Mask<T> mask, Images<const T> out_gradient, bool add, Images<T> to, T* between) override {
     const int64_t depthwise_size = K == 1 ? 0 : stages_ * c_ * K * K, pointwise_size = stages_ * c_ * c_in_;
     const std::vector<T> turned = turn_round(depthwise_.value, depthwise_size / (K * K), K * K);
-    // Each thread sums the gradients of the weights over its images; the sums are added in order, so that a run repeats
-    // itself.
-    std::vector<std::vector<T>> partial(threads());
+    PartialSums<T> partial;
     std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
 #pragma omp parallel num_threads(threads())
     {
-      auto& weights = partial[omp_get_thread_num()];
-      weights.assign(depthwise_size + pointwise_size, 0);
+      T* const weights = partial.own(depthwise_size + pointwise_size);
       Scratch<T> scratch;
-      const int64_t in_size = std::max({c_in_ * (in_rows() ? first_.step : first_.plane), c_ * second_.step});
+      const int64_t in_plane = K == 1 || first_.stride == 1 ? first_.step : first_.plane;
+      const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
       scratch.reserve(room() + 2 * inner_room() + 2 * c_ * first_.step + in_size + border);
       T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room()), *d = scratch.zeros(c_ * first_.step);
@@ -282,8 +289,7 @@ class ConvNorm : public Operation<T> {
       for (int stage = stages_ - 1; stage >= 0; --stage) {
         const bool last = stage == stages_ - 1;
         const Geometry& g = geometry(stage);
-        const Separable<T, L, K> convolution(g, dilation_, c_);
-        const T *scale = affine_.value + stage * 2 * c_, *both = statistics_ + stage * c_ * 2;
+        const T *scale = affine_.value + stage * 2 * c_, *mean_rstd = statistics_ + stage * c_ * 2;
         // The gradient behind this normalisation: given for the last, made by the loop below for the one before.
         const auto behind = [&](int64_t n, int64_t c) -> const T* {
           if (!last) return between + (n * c_ + c) * size_;
@@ -300,14 +306,14 @@ class ConvNorm : public Operation<T> {
 #pragma omp for schedule(static)
           for (int64_t n = 0; n < n_; ++n)
             for (int64_t c = 0; c < c_; ++c)
-              add_up(first_, behind(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_, both[2 * c],
+              add_up(first_, behind(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_, mean_rstd[2 * c],
                      sums.data() + (n * c_ + c) * 2);
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < c_; ++c) {
           double total = 0, dot = 0;
           for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
-          const double rstd = both[2 * c + 1], count = n_ * plane_;
+          const double rstd = mean_rstd[2 * c + 1], count = n_ * plane_;
           affine_.gradient[stage * 2 * c_ + c] = dot * rstd, affine_.gradient[stage * 2 * c_ + c_ + c] = total;
           // Running statistics do not depend on the batch.
           d_mean[c] = normalisation_.training ? total / count : 0;
@@ -318,53 +324,51 @@ class ConvNorm : public Operation<T> {
         for (int64_t n = 0; n < n_; ++n) {
           const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           for (int64_t c = 0; c < c_; ++c)
-            differentiate(first_, behind(n, c), result + c * size_, scale[c] * both[2 * c + 1], d_mean[c], both[2 * c], slope[c],
-                          gradient + c * first_.step);
-          if (K == 1) {
+            differentiate(first_, behind(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1], d_mean[c],
+                          mean_rstd[2 * c], slope[c], gradient + c * first_.step);
+          if constexpr (K == 1) {
             for (int64_t half = 0; half < halves_; ++half) {
-              const T* d_half = gradient + half * rows() * first_.step;
-              const int64_t at = half * rows() * c_in_;
+              const T* d_half = gradient + half * half_channels() * first_.step;
+              const int64_t at = half * half_channels() * c_in_;
               rectify(x, n, half, inner);
-              add_outer<T, L>(d_half, first_.step, inner, first_.step, rows(), c_in_, size_, weights.data() + at);
-              multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, rows(), size_, in_gradient, first_.step);
+              add_outer<T, L>(d_half, first_.step, inner, first_.step, half_channels(), c_in_, size_, weights + at);
+              multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, half_channels(), size_, in_gradient,
+                             first_.step);
               through_rectified(x, n, half, in_gradient, add, to);
             }
-            continue;
-          }
-          prepare(stage, n, x, padded);
-          std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
-          convolution.backward(padded, depthwise_.value + stage * c_ * K * K, turned.data() + stage * c_ * K * K,
-                               pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered,
-                               weights.data() + stage * c_ * K * K, weights.data() + depthwise_size + stage * c_ * c_, in_gradient);
-          if (stage == 0) {
-            for (int64_t c = 0; c < c_; ++c) {
-              const int64_t at = c * g.h * g.w;
-              through_relu(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
-                           to.data + n * to.image + at);
-            }
           } else {
-            for (int64_t c = 0; c < c_; ++c) {
-              const T* y = saved_ + (n * stages_ * c_ + c) * size_;
-              const T mean = statistics_[2 * c], factor = affine_.value[c] * statistics_[2 * c + 1];
-              through_normalised_relu<T, L>(first_, y, factor, mean, affine_.value[c_ + c], in_gradient + c * g.step,
-                                            between + (n * c_ + c) * size_, sums.data() + (n * c_ + c) * 2);
+            prepare(stage, n, x, padded);
+            std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
+            Separable<T, L, K>(g, dilation_, c_).backward(
+                padded, depthwise_.value + stage * c_ * K * K, turned.data() + stage * c_ * K * K,
+                pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered, weights + stage * c_ * K * K,
+                weights + depthwise_size + stage * c_ * c_, in_gradient);
+            if (stage == 0) {
+              for (int64_t c = 0; c < c_; ++c) {
+                const int64_t at = c * g.h * g.w;
+                through_relu(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
+                             to.data + n * to.image + at);
+              }
+            } else {
+              for (int64_t c = 0; c < c_; ++c) {
+                const T* y = saved_ + (n * stages_ * c_ + c) * size_;
+                const T mean = statistics_[2 * c], factor = affine_.value[c] * statistics_[2 * c + 1];
+                through_normalised_relu<T, L>(first_, y, factor, mean, affine_.value[c_ + c], in_gradient + c * g.step,
+                                              between + (n * c_ + c) * size_, sums.data() + (n * c_ + c) * 2);
+              }
             }
           }
         }
       }
     }
-    for (const auto& each : partial) {
-      if (each.empty()) continue;                  // fewer threads came than were asked for
-      for (int64_t k = 0; k < depthwise_size; ++k) depthwise_.gradient[k] += each[k];
-      for (int64_t k = 0; k < pointwise_size; ++k) pointwise_.gradient[k] += each[depthwise_size + k];
-    }
+    if (K > 1) partial.add_to(depthwise_.gradient, 0, depthwise_size);
+    partial.add_to(pointwise_.gradient, depthwise_size, pointwise_size);
   }
 
  private:
   const Geometry& geometry(int stage) const { return stage == 0 ? first_ : second_; }
-  // Whether the gradient of the input comes in planes like the output's, and not in padded ones.
-  bool in_rows() const { return K == 1 || first_.stride == 1; }
-  int64_t rows() const { return c_ / halves_; }
+  int64_t half_channels() const { return c_ / halves_; }
+  // Numbers of the padded planes, and of what is between depthwise and pointwise.
   int64_t room() const { return K == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
   int64_t inner_room() const { return c_in_ * first_.step; }
 
@@ -382,7 +386,9 @@ class ConvNorm : public Operation<T> {
   }
 
   // For K = 1: the rectified places of a grid, in planes first_.step apart, and back.
-  void rectify(Images<const T> x, int64_t n, int64_t half, T* to) const { halves_ == 1 ? rectify_with<1>(x, n, half, to) : rectify_with<2>(x, n, half, to); }
+  void rectify(Images<const T> x, int64_t n, int64_t half, T* to) const {
+    halves_ == 1 ? rectify_with<1>(x, n, half, to) : rectify_with<2>(x, n, half, to);
+  }
   template <int S>
   void rectify_with(Images<const T> x, int64_t n, int64_t half, T* to) const {
     for (int64_t c = 0; c < c_in_; ++c, to += first_.step) {
@@ -438,18 +444,26 @@ std::unique_ptr<Operation<T>> make_conv_norm(int64_t n, int64_t c_in, int64_t ch
                                              Weights<T>* weights) {
   std::unique_ptr<Operation<T>> made;
   with_lanes<T>((w - 1) / stride + 1, [&](auto lanes) {
-    made.reset(new ConvNorm<T, decltype(lanes)::value, K>(n, c_in, channels, h, w, stages, stride, dilation, normalisation, weights));
+    made.reset(new ConvNorm<T, decltype(lanes)::value, K>(n, c_in, channels, h, w, stages, stride, dilation, normalisation,
+                                                          weights));
   });
   return made;
 }
 
-// What the attributes of the operator say.
+// What the attributes of the operator say; model.Cell follows the same rules. The output is made of different nodes, as
+// genotypes.check demands.
 struct Structure {
   std::vector<std::string> operations;           // of the edges, two a node
   std::vector<int> states, concat;               // that each edge reads; that are the output
   int64_t channels;
   bool reduction, reduction_prev;
 
+  // Of the output, for the output x of the cell before; an unknown size of the batch is -1.
+  std::vector<int64_t> out_shape(const std::vector<int64_t>& x) const {
+    const int64_t stride = reduction ? 2 : 1;
+    PD_CHECK(x[2] % stride == 0 && x[3] % stride == 0, "a reduction cell halves height and width: they have to be even");
+    return {x[0], channels * static_cast<int64_t>(concat.size()), x[2] / stride, x[3] / stride};
+  }
   int64_t count() const { return 2 + operations.size() / 2; }
   int64_t stride(int edge) const { return reduction && states[edge] < 2 ? 2 : 1; }
   // Where state s is in the output, or -1.
@@ -466,15 +480,19 @@ class DiscreteCell {
   // inputs: the outputs of the two cells before, then the weights; gradients: of all of them, or none.
   DiscreteCell(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients, const Structure& structure,
                const Normalisation& normalisation)
-      : structure_(structure), x0_(inputs[0]), x1_(inputs[1]), gradients_(gradients), n_(x1_.shape()[0]), c_(structure.channels),
-        h_(x1_.shape()[2]), w_(x1_.shape()[3]), out_h_(h_ / (structure.reduction ? 2 : 1)),
-        out_w_(w_ / (structure.reduction ? 2 : 1)) {
+      : structure_(structure), x0_(inputs[0]), x1_(inputs[1]), gradients_(gradients), n_(x1_.shape()[0]),
+        c_(structure.channels), h_(x1_.shape()[2]), w_(x1_.shape()[3]), out_h_(structure.out_shape(x1_.shape())[2]),
+        out_w_(structure.out_shape(x1_.shape())[3]) {
+    const int64_t scale = structure.reduction_prev ? 2 : 1;
+    PD_CHECK(x0_.shape()[0] == n_ && x0_.shape()[2] == scale * h_ && x0_.shape()[3] == scale * w_,
+             "the inputs of a cell do not fit together");
     Weights<T> cursor(inputs, gradients);
     operations_.push_back(make_conv_norm<T, 1>(n_, x0_.shape()[1], c_, x0_.shape()[2], x0_.shape()[3], 1,
                                                structure.reduction_prev ? 2 : 1, 1, normalisation, &cursor));
     operations_.push_back(make_conv_norm<T, 1>(n_, x1_.shape()[1], c_, h_, w_, 1, 1, 1, normalisation, &cursor));
     for (size_t edge = 0; edge < structure.operations.size(); ++edge)
       operations_.push_back(make(edge, normalisation, &cursor));
+    cursor.check_all_taken();
   }
 
   // Sizes of the tensors that go from the forward pass to the backward pass.
@@ -490,7 +508,7 @@ class DiscreteCell {
   }
 
   void forward(Mask<T> masks, const T* running, T* out, T* saved, T* statistics, T* new_running) {
-    place(out, &saved);
+    lay_out_states(out, &saved);
     Memory<T> memory{saved, statistics, running, new_running};
     for (const auto& operation : operations_) operation->bind(&memory);
     operations_[0]->forward(input(x0_), {nullptr, 0}, false, states_[0]);
@@ -499,21 +517,20 @@ class DiscreteCell {
       operations_[2 + edge]->forward(states_[structure_.states[edge]], mask_of(edge, masks), edge % 2, states_[2 + edge / 2]);
   }
 
-  void backward(Mask<T> masks, const T* running, const T* out, const T* saved, const T* statistics,
-                const T* out_gradient) {
+  void backward(Mask<T> masks, const T* out, const T* saved, const T* statistics, const T* out_gradient) {
     // Nothing of these is written.
     T* at = const_cast<T*>(saved);
-    place(const_cast<T*>(out), &at);
-    Memory<T> memory{at, const_cast<T*>(statistics), running, nullptr};
+    lay_out_states(const_cast<T*>(out), &at);
+    Memory<T> memory{at, const_cast<T*>(statistics), nullptr, nullptr};
     int64_t workspace_size = 0;
     for (const auto& operation : operations_) {
       operation->bind(&memory);
       workspace_size = std::max(workspace_size, operation->workspace_size());
     }
-    // Room from Paddle's allocator, which keeps it: fresh memory costs more than what is computed in it.
     const int64_t outer = c_ * h_ * w_, inner = c_ * out_h_ * out_w_, count = structure_.count();
-    Tensor room = paddle::empty({n_ * (2 * outer + (count - 2) * inner) + workspace_size}, x1_.dtype(), x1_.place());
-    T *next = room.data<T>(), *workspace = next + n_ * (2 * outer + (count - 2) * inner);
+    const int64_t gradients_size = n_ * (2 * outer + (count - 2) * inner);
+    std::unique_ptr<T[]> room(new T[gradients_size + workspace_size]);
+    T *next = room.get(), *workspace = next + gradients_size;
     std::vector<Images<T>> gradients;
     std::vector<bool> begun;                       // whether something is there to be added to
     for (int64_t s = 0; s < count; ++s) {
@@ -521,9 +538,10 @@ class DiscreteCell {
       gradients.push_back({next, size});
       begun.push_back(at_out >= 0);
       next += n_ * size;
-      if (at_out >= 0)
-        Identity<T>(n_, size).forward({out_gradient + at_out * size, static_cast<int64_t>(structure_.concat.size()) * size},
-                                      {nullptr, 0}, false, gradients[s]);
+      if (at_out >= 0) {
+        const Images<const T> given{out_gradient + at_out * size, static_cast<int64_t>(structure_.concat.size()) * size};
+        copy_images(n_, size, given, false, gradients[s]);
+      }
     }
     for (int edge = structure_.operations.size() - 1; edge >= 0; --edge) {
       const int s = structure_.states[edge], node = 2 + edge / 2;
@@ -561,7 +579,7 @@ class DiscreteCell {
   }
   // States that are not in the output have room of their own.
   int64_t own_states() const { return structure_.count() - structure_.concat.size(); }
-  void place(T* out, T** saved) {
+  void lay_out_states(T* out, T** saved) {
     for (int64_t s = 0; s < structure_.count(); ++s) {
       const int64_t size = s < 2 ? c_ * h_ * w_ : c_ * out_h_ * out_w_, at = structure_.place(s);
       states_.push_back(at < 0 ? Images<T>{*saved, size}
@@ -570,7 +588,7 @@ class DiscreteCell {
     }
   }
   void clear(Images<T> images) const { std::fill(images.data, images.data + n_ * images.image, T(0)); }
-  static Images<const T> input(const Tensor& x) { return {x.data<T>(), x.numel() / x.shape()[0]}; }
+  static Images<const T> input(const Tensor& x) { return {x.data<T>(), x.shape()[1] * x.shape()[2] * x.shape()[3]}; }
   // masks: [N, edges that may be dropped].
   Mask<T> mask_of(int edge, Mask<T> masks) const {
     if (!masks.data || !structure_.droppable(edge)) return {nullptr, 0};
@@ -599,9 +617,7 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& run
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
   const Tensor& x = inputs[1];
   const auto empty = [&](const std::vector<int64_t>& shape) { return paddle::empty(shape, x.dtype(), x.place()); };
-  const int64_t stride = reduction ? 2 : 1, c = channels * concat.size();
-  Tensor out = empty({x.shape()[0], c, x.shape()[2] / stride, x.shape()[3] / stride}), new_running = empty(running.shape());
-  Tensor saved, statistics;
+  Tensor out = empty(structure.out_shape(x.shape())), new_running = empty(running.shape()), saved, statistics;
   PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_discrete_cell", ([&] {
     DiscreteCell<data_t> cell(inputs, nullptr, structure, {training, epsilon, momentum});
     saved = empty({cell.saved_size()}), statistics = empty({cell.normalised(), 2});
@@ -611,31 +627,31 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& run
   return {out, saved, statistics, new_running};
 }
 
-std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks, const Tensor& out,
-                             const Tensor& saved, const Tensor& statistics, const Tensor& out_gradient,
+std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& masks, const Tensor& out, const Tensor& saved,
+                             const Tensor& statistics, const Tensor& out_gradient,
                              const std::vector<std::string>& operations, const std::vector<int>& states,
                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool training,
                              bool masked, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
-  std::vector<Tensor> gradients;                   // those of x0 and x1 are written, those of the weights are added up
+  std::vector<Tensor> gradients;                   // those of x0 and x1 are written, those of kernels are added up
   for (const Tensor& each : inputs)
     gradients.push_back(gradients.size() < 2 ? paddle::empty(each.shape(), each.dtype(), each.place())
                                              : paddle::zeros(each.shape(), each.dtype(), each.place()));
   PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell_grad", ([&] {
     DiscreteCell<data_t>(inputs, &gradients, structure, {training, epsilon, momentum})
-        .backward(masks_in<data_t>(masks, masked), running.data<data_t>(), out.data<data_t>(), saved.data<data_t>(),
-                  statistics.data<data_t>(), out_gradient.data<data_t>());
+        .backward(masks_in<data_t>(masks, masked), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
+                  out_gradient.data<data_t>());
   }));
   return gradients;
 }
 
 using Shape = std::vector<int64_t>;
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const Shape& running, const Shape&,
-                              const std::vector<std::string>&, const std::vector<int>&, const std::vector<int>& concat,
-                              int channels, bool reduction, bool, bool, bool, float, float) {
-  const int64_t stride = reduction ? 2 : 1, c = channels * concat.size();
-  const Shape& x = inputs[1];
-  return {{x[0], c, x[2] / stride, x[3] / stride}, {-1}, {running[0] / 2, 2}, running};
+                              const std::vector<std::string>& operations, const std::vector<int>& states,
+                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool, bool,
+                              float, float) {
+  const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
+  return {structure.out_shape(inputs[1]), {-1}, {running[0] / 2, 2}, running};
 }
 
 using paddle::DataType;
@@ -659,7 +675,7 @@ PD_BUILD_OP(darts_discrete_cell)
     .SetInferDtypeFn(PD_INFER_DTYPE(InferDtype));
 
 PD_BUILD_GRAD_OP(darts_discrete_cell)
-    .Inputs({paddle::Vec("Inputs"), "Running", "Masks", "Out", "Saved", "Statistics", paddle::Grad("Out")})
+    .Inputs({paddle::Vec("Inputs"), "Masks", "Out", "Saved", "Statistics", paddle::Grad("Out")})
     .Outputs({paddle::Grad(paddle::Vec("Inputs"))})
     .Attrs(DARTS_CELL_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(Backward));

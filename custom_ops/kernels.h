@@ -28,6 +28,8 @@ constexpr int kBytes = 32, kRegisters = 16;
 #endif
 template <typename T>
 constexpr int kMost = kBytes / sizeof(T);        // numbers in the widest vector
+// Of a tile of a product: 6 rows of sums, a vector of the other factor for each column, and two to spare.
+constexpr int kTileColumns = kRegisters / 8;
 
 // L numbers side by side. The compiler maps them to whatever vector registers the machine has.
 template <typename T, int L>
@@ -331,7 +333,7 @@ void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b
   // Planes of 8 x 8 are too narrow for the widest vectors, but 64 numbers in a row are not.
   if (L < kMost<T> && size % kMost<T> == 0)
     return multiply<T, kMost<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step);
-  constexpr int COLUMNS = kRegisters / 8;
+  constexpr int COLUMNS = kTileColumns;
   int64_t p = 0;
   for (; p + COLUMNS * L <= size; p += COLUMNS * L)
     multiply_columns<T, L, COLUMNS>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
@@ -371,8 +373,9 @@ inline void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, i
 }
 
 template <typename T, int L, int ROWS>
-void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out, int64_t out_row) {
-  constexpr int COLUMNS = kRegisters / 8;
+void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out,
+                int64_t out_row) {
+  constexpr int COLUMNS = kTileColumns;
   int64_t c = 0;
   for (; c + COLUMNS <= columns; c += COLUMNS)
     outer_tile<T, L, ROWS, COLUMNS>(a, a_step, b + c * b_step, b_step, size, out + c, out_row);
@@ -425,7 +428,8 @@ struct Separable {
     for (int64_t c = 0; c < channels; ++c) {
       const T* one = inner_gradient + c * g.step;
       if (weight_gradient)
-        correlate_weights<T, L, K, (K * K < kRegisters - 2 ? K * K : K)>(g, padded + c * g.plane, taps, one, weight_gradient + c * K * K);
+        correlate_weights<T, L, K, (K * K + 2 < kRegisters ? K * K : K)>(g, padded + c * g.plane, taps, one,
+                                                                         weight_gradient + c * K * K);
       if (g.stride == 1) {
         for (int64_t r = 0; r < g.out_h; ++r)
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, one + r * g.out_row, g.out_w * sizeof(T));
@@ -452,13 +456,18 @@ class Pools {
   int64_t room() const { return (g_.h + 2) * row() + 16; }
 
   // bordered: room for the plane with its border.
-  void max(const T* x, T* bordered, T* to) const { g_.stride == 1 ? max_with<1>(x, bordered, to) : max_with<2>(x, bordered, to); }
-  void mean(const T* x, T* bordered, T* to) const { g_.stride == 1 ? mean_with<1>(x, bordered, to) : mean_with<2>(x, bordered, to); }
+  void max(const T* x, T* bordered, T* to) const {
+    g_.stride == 1 ? max_with<1>(x, bordered, to) : max_with<2>(x, bordered, to);
+  }
+  void mean(const T* x, T* bordered, T* to) const {
+    g_.stride == 1 ? mean_with<1>(x, bordered, to) : mean_with<2>(x, bordered, to);
+  }
 
   // Both add to the bordered plane `gradient` what the gradient d [out_h, out_row] of a pool is in front of it. Of equal
   // maxima the first gets it, as in Paddle; top: the maxima, open: room for a row.
   void max_back(const T* x, const T* top, const T* d, T* bordered, T* open, T* gradient) const {
-    g_.stride == 1 ? max_back_with<1>(x, top, d, bordered, open, gradient) : max_back_with<2>(x, top, d, bordered, open, gradient);
+    g_.stride == 1 ? max_back_with<1>(x, top, d, bordered, open, gradient)
+                   : max_back_with<2>(x, top, d, bordered, open, gradient);
   }
   // share: room for a row.
   void mean_back(const T* d, T* share, T* gradient) const {
@@ -489,7 +498,10 @@ class Pools {
       for (int k = 0; k < 9; ++k) {
         const T* from = bordered + (i * S + k / 3) * row() + k % 3;
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) to[j] = from[j * S] > to[j] ? from[j * S] : to[j];
+        for (int64_t j = 0; j < g_.out_w; ++j) {
+          const T value = from[j * S];
+          to[j] = value > to[j] || value != value ? value : to[j];            // a NaN is passed on
+        }
       }
       std::fill(to + g_.out_w, to + g_.out_row, T(0));
     }
@@ -646,6 +658,30 @@ void through_relu(const Geometry& g, const T* x, const T* gradient, bool add, T*
   }
 }
 
+// The gradients of weights: each thread sums them over its images, and the sums are added in order, so that a run repeats
+// itself.
+template <typename T>
+class PartialSums {
+ public:
+  PartialSums() : each_(threads()) {}
+  // The sums of the thread that calls: `size` zeros.
+  T* own(int64_t size) {
+    auto& sums = each_[omp_get_thread_num()];
+    sums.assign(size, 0);
+    return sums.data();
+  }
+  // to += those of all threads, from number `first` on.
+  void add_to(T* to, int64_t first, int64_t size) const {
+    for (const auto& sums : each_) {
+      if (sums.empty()) continue;                  // fewer threads came than were asked for
+      for (int64_t k = 0; k < size; ++k) to[k] += sums[first + k];
+    }
+  }
+
+ private:
+  std::vector<std::vector<T>> each_;
+};
+
 // [n, K, K] -> every kernel turned round, with which the gradient of a correlation is one.
 template <typename T>
 std::vector<T> turn_round(const T* kernels, int64_t n, int64_t taps) {
@@ -666,7 +702,8 @@ int lanes_for(int64_t out_w) {
 template <typename T, typename F>
 void with_lanes(int64_t out_w, F f) {
   switch (lanes_for<T>(out_w)) {
-    case 16: f(std::integral_constant<int, kMost<T>>()); break;        // in single precision
+    // In single precision on AVX-512; elsewhere it never comes, and only has to compile.
+    case 16: f(std::integral_constant<int, kMost<T>>()); break;
     case 8: f(std::integral_constant<int, 8>()); break;
     default: f(std::integral_constant<int, 4>());
   }

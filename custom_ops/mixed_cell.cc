@@ -183,9 +183,7 @@ class MixedCell {
     const int64_t size3 = kEdges * 3 * c_ * 9, size5 = kEdges * 3 * c_ * 25, size1 = pointwise_at_end();
     const std::vector<T> turned3 = turn_round(depthwise3, kEdges * 3 * c_, 9);
     const std::vector<T> turned5 = turn_round(depthwise5, kEdges * 3 * c_, 25);
-    // Each thread sums the gradients of the weights over its images; the sums are added in order, so that a run repeats
-    // itself.
-    std::vector<std::vector<T>> partial(threads());
+    PartialSums<T> partial;
     std::unique_ptr<T[]> gradient(new T[n_ * c4 * size_]);                     // of the nodes, complete when they are used
     std::unique_ptr<T[]> first_gradient(new T[n_ * kGroup[0].edges * 2 * c_ * size_]);       // behind the first ReLU
     std::vector<double> sums(n_ * c4), dots(n_ * kEdges * kDots * c_), first_sums(n_ * kEdges * 2 * c_ * 2);
@@ -193,9 +191,7 @@ class MixedCell {
     std::vector<double> total_dot(kEdges * kDots * c_);
 #pragma omp parallel num_threads(threads())
     {
-      auto& weights = partial[omp_get_thread_num()];
-      if (weight_gradients) weights.assign(size3 + size5 + size1, 0);
-      T* const gradient3 = weight_gradients ? weights.data() : nullptr;
+      T* const gradient3 = weight_gradients ? partial.own(size3 + size5 + size1) : nullptr;
       T* const gradient5 = weight_gradients ? gradient3 + size3 : nullptr;
       T* const gradient1 = weight_gradients ? gradient5 + size5 : nullptr;
       const auto at = [](T* base, int64_t offset) { return base ? base + offset : nullptr; };
@@ -431,12 +427,9 @@ class MixedCell {
       }
     }
     if (!weight_gradients) return;
-    for (const auto& each : partial) {
-      if (each.empty()) continue;                  // fewer threads came than were asked for
-      for (int64_t k = 0; k < size3; ++k) depthwise3_gradient[k] += each[k];
-      for (int64_t k = 0; k < size5; ++k) depthwise5_gradient[k] += each[size3 + k];
-      for (int64_t k = 0; k < size1; ++k) pointwise_gradient[k] += each[size3 + size5 + k];
-    }
+    partial.add_to(depthwise3_gradient, 0, size3);
+    partial.add_to(depthwise5_gradient, size3, size5);
+    partial.add_to(pointwise_gradient, size3 + size5, size1);
   }
 
  private:
@@ -510,7 +503,8 @@ class MixedCell {
     const int64_t first = g.at(g.padding + half, g.padding + half);
     for (int64_t c = 0; c < c_; ++c)
       for (int64_t i = 0; i < g.out_h; ++i)
-        std::memcpy(to + c * g.step + i * g.out_row, padded + c * g.plane + first + i * g.stride * g.row, g.out_row * sizeof(T));
+        std::memcpy(to + c * g.step + i * g.out_row, padded + c * g.plane + first + i * g.stride * g.row,
+                    g.out_row * sizeof(T));
   }
   void scatter(const Geometry& g, const T* from, int half, T* padded) const {
     const int64_t first = g.at(g.padding + half, g.padding + half);

@@ -17,7 +17,7 @@ import make_sample
 import operations
 import reader
 from genotypes import GENOTYPES, PRIMITIVES, Genotype
-from model import Cell
+from model import Cell, NetworkCIFAR
 from model_search import Supernet
 from operations import BN_EPSILON, batch_norm, max_pool
 from parameters import Function, Layout, Store
@@ -123,6 +123,25 @@ def test_cells_of_published_genotypes_are_those_of_paddle(arch, reduction):
     compare(GENOTYPES[arch], 8, 8, 6, reduction, not reduction)
 
 
+@pytest.mark.parametrize('names, states, concat', [
+    (('sep_conv_3x3', 'sep_conv_3x3', 'dil_conv_5x5', 'dil_conv_5x5'), (0, 0, 2, 2), (3, 2)),      # a state twice in a node
+    (('skip_connect', 'skip_connect', 'skip_connect', 'max_pool_3x3'), (0, 1, 0, 2), (2, 3)),      # one edge to be dropped
+    (('skip_connect',), (0, 1), (2,))])                                                            # none, and one node
+def test_a_cell_of_another_form_is_that_of_paddle(names, states, concat):
+    for size in (1, 8):
+        compare(genotype(*names, states=states, concat=concat), size, size)
+
+
+def test_sizes_that_cannot_be_halved_are_refused():
+    with pytest.raises(ValueError, match='7 x 8 cannot be halved'):
+        outcome(GENOTYPES['DARTS_V2'], 7, 8, reduction=True)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    network = NetworkCIFAR(GENOTYPES['DARTS_V2'], 4, 10, 3)
+    assert network.logits(np.zeros((0, 3, 32, 32), 'float32')).shape == (0, 10)
+
+
 def test_a_node_that_nothing_reads_has_no_gradient():
     """Node 4 is neither read nor in the output; nor is state 1 read by anything that is."""
     unread = genotype('sep_conv_3x3', 'max_pool_3x3', states=(0, 0, 0, 2, 1, 1, 2, 3), concat=(5,))
@@ -205,6 +224,8 @@ def test_a_nan_is_not_rectified_away():
     """One in an image stays in that image, and gets to the output."""
     result = outcome(genotype('sep_conv_3x3', 'dil_conv_3x3'), 8, 8, training=False, nan=True)['output']
     assert np.isnan(result[0, :, 3, 3]).all() and not np.isnan(result[1:]).any()
+    pooled = outcome(genotype('max_pool_3x3', states=(0, 0), concat=(2,)), 8, 8, training=False, nan=True)['output']
+    assert np.isnan(pooled[0, :, 2:5, 2:5]).all() and not np.isnan(pooled[1:]).any()
 
 
 IN_A_PROCESS = '''
@@ -226,7 +247,7 @@ def in_a_process(**environment):
 
 
 def test_several_threads_give_the_same():
-    assert in_a_process(OMP_NUM_THREADS='3')[-1] == 'on True'
+    assert in_a_process(OMP_NUM_THREADS='5')[-1] == 'on True'
 
 
 def test_without_a_compiler_paddle_computes(tmp_path):

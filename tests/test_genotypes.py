@@ -10,7 +10,8 @@ from utils import UserError
 
 
 def test_published_genotypes_by_name():
-    assert set(genotypes.GENOTYPES) == {'NASNet', 'AmoebaNet', 'DARTS_V1', 'DARTS_V2', 'DARTS', 'DARTS_PADDLE'}
+    assert set(genotypes.GENOTYPES) == {'NASNet', 'AmoebaNet', 'DARTS_V1', 'DARTS_V2', 'DARTS', 'DARTS_PADDLE',
+                                        'FASHION_MNIST_0', 'FASHION_MNIST_1'}
     for name, genotype in genotypes.GENOTYPES.items():
         assert genotypes.load(name) == genotype == genotypes.check(genotype._asdict())
     assert genotypes.load('DARTS') is genotypes.load('DARTS_V2')
