@@ -170,7 +170,8 @@ def test_lists_are_read_too(tmp_path, finished, imagenet, commands):
 
 
 @pytest.mark.parametrize('flags, reasons', [
-    (['--arch', 'RESNET'], ['RESNET', 'AmoebaNet, DARTS, DARTS_PADDLE, DARTS_V1, DARTS_V2, NASNet']),
+    (['--arch', 'RESNET'], ['RESNET', 'AmoebaNet, DARTS, DARTS_PADDLE, DARTS_V1, DARTS_V2, FASHION_MNIST_0, '
+                                      'FASHION_MNIST_1, NASNet']),
     (['--eval_only'], ['--pretrained PATH']),
     (['--pretrained', 'nowhere.npz'], ['nowhere.npz is missing']),
     (['--pretrained', __file__], ['test_train.py holds no weights', 'scripts/convert_weights.py']),
