@@ -55,14 +55,15 @@ class Cell:
             return self._as_one_operator(s0, s1, masks)
         masks = iter([] if masks is None else paddle.split(masks, sum(self.droppable), axis=1))
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        results = []
-        for operate, state, droppable in zip(self.operations, self.states, self.droppable):
+        for n, (operate, state, droppable) in enumerate(zip(self.operations, self.states, self.droppable)):
+            x = operate(states[state])
             mask = next(masks, None) if droppable else None
-            result = operate(states[state])
-            results.append(result if mask is None else result * mask)
-            if len(results) == 2:
-                states.append(results[0] + results[1])
-                results = []
+            if mask is not None:
+                x = x * mask
+            if n % 2 == 0:                  # the first of the two edges of a node
+                states.append(x)
+            else:
+                states[-1] = states[-1] + x
         return paddle.concat([states[i] for i in self.concat], axis=1)
 
     def _as_one_operator(self, s0, s1, masks):
@@ -192,12 +193,11 @@ class Network(FlatNetwork):
 
     def _drop_path(self, images):
         """The masks of each cell's edges that may be dropped; Nones when paths are not dropped."""
-        counts = [sum(cell.droppable) for cell in self.cells]
-        if not self.drops_paths or not any(counts):
-            return [None] * len(counts)
+        if not self.drops_paths:
+            return [None] * len(self.cells)
+        counts = [sum(cell.droppable) for cell in self.cells]            # 0 for a cell of identities
         masks = drop_path_masks(paddle.shape(images)[0], sum(counts), self.store.input('keep', [1]))
-        sizes = [count for count in counts if count]
-        parts = iter(paddle.split(masks, sizes, axis=1) if len(sizes) > 1 else [masks])
+        parts = iter(paddle.split(masks, [count for count in counts if count], axis=1))
         return [next(parts) if count else None for count in counts]
 
     def _logits(self, images, masks=None):

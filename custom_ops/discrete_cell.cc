@@ -511,8 +511,8 @@ class DiscreteCell {
     lay_out_states(out, &saved);
     Memory<T> memory{saved, statistics, running, new_running};
     for (const auto& operation : operations_) operation->bind(&memory);
-    operations_[0]->forward(input(x0_), {nullptr, 0}, false, states_[0]);
-    operations_[1]->forward(input(x1_), {nullptr, 0}, false, states_[1]);
+    operations_[0]->forward(input(x0_), {}, false, states_[0]);
+    operations_[1]->forward(input(x1_), {}, false, states_[1]);
     for (size_t edge = 0; edge < structure_.operations.size(); ++edge)
       operations_[2 + edge]->forward(states_[structure_.states[edge]], mask_of(edge, masks), edge % 2, states_[2 + edge / 2]);
   }
@@ -538,10 +538,7 @@ class DiscreteCell {
       gradients.push_back({next, size});
       begun.push_back(at_out >= 0);
       next += n_ * size;
-      if (at_out >= 0) {
-        const Images<const T> given{out_gradient + at_out * size, static_cast<int64_t>(structure_.concat.size()) * size};
-        copy_images(n_, size, given, false, gradients[s]);
-      }
+      if (at_out >= 0) copy_images(n_, size, in_output(out_gradient, at_out, size), false, gradients[s]);
     }
     for (int edge = structure_.operations.size() - 1; edge >= 0; --edge) {
       const int s = structure_.states[edge], node = 2 + edge / 2;
@@ -554,7 +551,7 @@ class DiscreteCell {
       if (!begun[s]) clear(gradients[s]);
     for (int s = 1; s >= 0; --s) {
       const Images<const T> x = input(s == 0 ? x0_ : x1_);
-      operations_[s]->backward(x, {nullptr, 0}, gradients[s], false, {(*gradients_)[s].template data<T>(), x.image}, workspace);
+      operations_[s]->backward(x, {}, gradients[s], false, {(*gradients_)[s].template data<T>(), x.image}, workspace);
     }
   }
 
@@ -582,16 +579,20 @@ class DiscreteCell {
   void lay_out_states(T* out, T** saved) {
     for (int64_t s = 0; s < structure_.count(); ++s) {
       const int64_t size = s < 2 ? c_ * h_ * w_ : c_ * out_h_ * out_w_, at = structure_.place(s);
-      states_.push_back(at < 0 ? Images<T>{*saved, size}
-                               : Images<T>{out + at * size, static_cast<int64_t>(structure_.concat.size()) * size});
+      states_.push_back(at < 0 ? Images<T>{*saved, size} : in_output(out, at, size));
       if (at < 0) *saved += n_ * size;
     }
+  }
+  // The state of `size` numbers an image that is number `at` in the output.
+  template <typename P>
+  Images<P> in_output(P* out, int64_t at, int64_t size) const {
+    return {out + at * size, static_cast<int64_t>(structure_.concat.size()) * size};
   }
   void clear(Images<T> images) const { std::fill(images.data, images.data + n_ * images.image, T(0)); }
   static Images<const T> input(const Tensor& x) { return {x.data<T>(), x.shape()[1] * x.shape()[2] * x.shape()[3]}; }
   // masks: [N, edges that may be dropped].
   Mask<T> mask_of(int edge, Mask<T> masks) const {
-    if (!masks.data || !structure_.droppable(edge)) return {nullptr, 0};
+    if (!masks.data || !structure_.droppable(edge)) return {};
     int64_t number = 0;
     for (int k = 0; k < edge; ++k) number += structure_.droppable(k);
     return {masks.data + number, masks.step};

@@ -190,7 +190,8 @@ class Pass:
         droppable = droppable_edges(genotype, layers) if masks else []
         by_paddle = not custom_ops.OPERATIONS.issuperset(kind for _, kind, _, _ in edges(genotype, i, layers))
         for n, kind, state, stride in edges(genotype, i, layers):
-            with custom_ops.without() if by_paddle else contextlib.nullcontext():        # for average_pool
+            # Which average pool is the reference depends on whose operators compute the cell.
+            with custom_ops.without() if by_paddle else contextlib.nullcontext():
                 x = self.operation(kind, states[state], f'cells.{i}._ops.{n}', stride)
             if (i, n) in droppable:
                 x = x * paddle.to_tensor(masks[i, n]).reshape([-1, 1, 1, 1])

@@ -23,6 +23,7 @@ from operations import BN_EPSILON, batch_norm, max_pool
 from parameters import Function, Layout, Store
 from runs import ROOT, run_well
 
+
 @pytest.fixture(scope='module', autouse=True)
 def available(compiled):
     if not compiled:
@@ -52,7 +53,8 @@ def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev
     rng = np.random.default_rng(0)
     layout = Layout(running_statistics=True)
     cell = Cell(layout, genotype, 'cell', 7, 5, channels, reduction, reduction_prev)
-    layout.seal(), layout.statistics.seal()
+    layout.seal()
+    layout.statistics.seal()
     scale, out = (2 if reduction_prev else 1), (2 if reduction else 1)
     values = {'s0': rng.normal(size=(3, 7, height * scale, width * scale)), 's1': rng.normal(size=(3, 5, height, width)),
               'masks': rng.normal(size=(3, max(1, sum(cell.droppable)), 1, 1)),
@@ -78,7 +80,8 @@ def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev
         gradients = paddle.static.gradients([paddle.sum(result * variables['direction'])], [theta, *inputs])
         store.assign('statistics', layout.statistics.pack())
         # None: no path leads there.
-        return [result, *(paddle.zeros_like(x) if gradient is None else gradient for gradient, x in zip(gradients, [theta, *inputs]))]
+        return [result, *(paddle.zeros_like(x) if gradient is None else gradient
+                          for gradient, x in zip(gradients, [theta, *inputs]))]
     result, gradient, *input_gradients = Function(store, build)(
         **{name: array.astype(store.dtype) for name, array in values.items()})
     return {'output': result, 's0': input_gradients[0], 's1': input_gradients[1], **layout.named(gradient),
@@ -99,12 +102,12 @@ def exact_average_pool(x, stride):
     return total / count
 
 
-def compare(*arguments, tolerance=1e-11, **settings):
+def compare(*arguments, **settings):
     ours, expected = outcome(*arguments, **settings), expected_outcome(*arguments, **settings)
     assert set(ours) == set(expected)
     for name, array in expected.items():
         assert ours[name].shape == array.shape
-        assert np.abs(ours[name] - array).max() < tolerance * max(1.0, np.abs(array).max()), (name, arguments[1:], settings)
+        assert np.abs(ours[name] - array).max() < 1e-11 * max(1.0, np.abs(array).max()), (name, arguments[1:], settings)
 
 
 @pytest.mark.parametrize('reduction', [False, True])
@@ -278,7 +281,7 @@ def test_a_search_is_the_same_with_them_and_without(tmp_path):
     losses = []
     for wanted in ('True', 'False'):
         output = run_well('train_search.py', '--dataset', 'fashion_mnist_sample', '--data', tmp_path / 'data',
-                          '--init_channels', '2', '--layers', '3', '--batch_size', '40', '--use_gpu', 'False', '--epochs', '1', '--unrolled', 'False',
-                          '--report_freq', '1', '--custom_ops', wanted, '--model_save_dir', tmp_path / wanted)
+                          '--init_channels', '2', '--layers', '3', '--batch_size', '40', '--use_gpu', 'False', '--epochs', '1',
+                          '--unrolled', 'False', '--report_freq', '1', '--custom_ops', wanted, '--model_save_dir', tmp_path / wanted)
         losses.append([float(loss) for loss in re.findall(r'epoch 1 step \d/\d: loss ([\d.]+)', output)])
     assert len(losses[0]) == 1 and losses[0] == pytest.approx(losses[1], abs=2e-4)
