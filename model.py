@@ -253,7 +253,8 @@ class Network(FlatNetwork):
         Its weights are parameters of their own there, under their names, and N is free.
         """
         program, scope = paddle.static.Program(), paddle.static.Scope()
-        with custom_ops.without(), paddle.static.scope_guard(scope), paddle.static.program_guard(program, paddle.static.Program()):
+        with custom_ops.without(), paddle.static.scope_guard(scope), \
+                paddle.static.program_guard(program, paddle.static.Program()):
             images = paddle.static.data('images', [None, 3, self.image_size, self.image_size], 'float32')
             self.layout.training = False
             self.layout.create_parameters()

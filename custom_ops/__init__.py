@@ -82,8 +82,8 @@ def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction, weight_g
 
     x [N, 2 * C, H, W]: both input states; depthwise3 [14 * 3 * C, 1, 3, 3], depthwise5 [14 * 3 * C, 1, 5, 5],
     pointwise [14 * 6 * C, C, 1, 1] (in a reduction cell 8 * C more): its weights in the order of README.md; mixing
-    [14, 8]: softmax of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the batch normalisations;
-    -> the four nodes [N, 4 * C, H', W'].
+    [14, 8]: softmax of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the batch
+    normalisations; -> the four nodes [N, 4 * C, H', W'].
     """
     return _build('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5,
                                        'Pointwise': pointwise, 'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],

@@ -77,7 +77,8 @@ def table(rows, groups):
     for group, names in groups.items():
         values = [row['top1'] for row in rows if row['name'] in names]
         spread = f'{statistics.stdev(values):.2f}' if len(values) > 1 else ''
-        lines.append(f'| {group} | {len(values)} | {statistics.mean(values):.2f} | {spread} | {min(values):.2f} | {max(values):.2f} |')
+        lines.append(f'| {group} | {len(values)} | {statistics.mean(values):.2f} | {spread} | {min(values):.2f} '
+                     f'| {max(values):.2f} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -93,7 +94,8 @@ def main():
     add('--search_epochs', type=whole, default=5, help='(%(default)s)')
     add('--search_batch_size', type=whole, default=64, help='(%(default)s)')
     add('--random', type=utils.number(int, 0), default=4, help='how many random genotypes (%(default)s)')
-    add('--train_seeds', type=utils.number(int, 0), nargs='+', default=[0], help='a training of each genotype each (%(default)s)')
+    add('--train_seeds', type=utils.number(int, 0), nargs='+', default=[0],
+        help='a training of each genotype each (%(default)s)')
     add('--train_channels', type=whole, default=8, help='(%(default)s)')
     add('--train_layers', type=whole, default=5, help='(%(default)s)')
     add('--train_epochs', type=whole, default=3, help='(%(default)s)')
@@ -104,9 +106,9 @@ def main():
     archs, groups = {}, {'searched here': [], 'published': list(PUBLISHED), 'random': []}
     for seed in args.search_seeds:
         name, folder = f'searched_{seed}', os.path.join(args.out, f'search_{seed}')
-        run('train_search.py', folder, 'genotype.json', '--dataset', args.dataset, *args.data, '--seed', seed, '--init_channels',
-            args.search_channels, '--layers', args.search_layers, '--epochs', args.search_epochs, '--batch_size',
-            args.search_batch_size)
+        run('train_search.py', folder, 'genotype.json', '--dataset', args.dataset, *args.data, '--seed', seed,
+            '--init_channels', args.search_channels, '--layers', args.search_layers, '--epochs', args.search_epochs,
+            '--batch_size', args.search_batch_size)
         archs[name] = os.path.join(folder, 'genotype.json')
         groups['searched here'].append(name)
     archs.update({name: name for name in PUBLISHED})

@@ -38,7 +38,8 @@ def start_two(script, *flags):
         each.close()
     environments = [dict(os.environ, PADDLE_TRAINERS_NUM='2', PADDLE_TRAINER_ID=str(rank),
                          PADDLE_RANK_IN_NODE=str(rank), PADDLE_CURRENT_ENDPOINT=ends[rank],
-                         PADDLE_TRAINER_ENDPOINTS=','.join(ends), PADDLE_DISTRI_BACKEND='gloo', OMP_NUM_THREADS='1') for rank in range(2)]
+                         PADDLE_TRAINER_ENDPOINTS=','.join(ends), PADDLE_DISTRI_BACKEND='gloo', OMP_NUM_THREADS='1')
+                    for rank in range(2)]
     return [subprocess.Popen(command(script, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              env=environment) for environment in environments]
 

@@ -282,6 +282,7 @@ def test_a_search_is_the_same_with_them_and_without(tmp_path):
     for wanted in ('True', 'False'):
         output = run_well('train_search.py', '--dataset', 'fashion_mnist_sample', '--data', tmp_path / 'data',
                           '--init_channels', '2', '--layers', '3', '--batch_size', '40', '--use_gpu', 'False', '--epochs', '1',
-                          '--unrolled', 'False', '--report_freq', '1', '--custom_ops', wanted, '--model_save_dir', tmp_path / wanted)
+                          '--unrolled', 'False', '--report_freq', '1', '--custom_ops', wanted,
+                          '--model_save_dir', tmp_path / wanted)
         losses.append([float(loss) for loss in re.findall(r'epoch 1 step \d/\d: loss ([\d.]+)', output)])
     assert len(losses[0]) == 1 and losses[0] == pytest.approx(losses[1], abs=2e-4)
