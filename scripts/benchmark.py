@@ -330,6 +330,8 @@ def operator_times(batch_size, channels, layers):
 # ---------------------------------------------------------------------------------------------------
 # Start, and launches on a GPU
 
+SMALL_SIZES = (4, 3), (4, 4), (4, 5)         # channels and cells at which edge by edge is ready in reasonable time
+
 def our_start(channels, layers):
     """From the start of the process to the end of the first run of all programs of a second-order search."""
     supernet, _ = make_search(channels, layers)
@@ -352,7 +354,7 @@ def edge_by_edge_start(channels, layers):
 def start(args):
     """Seconds to the first result, operators and memory: all programs here, one pass edge by edge."""
     rows = []
-    for channels, layers in ((4, 3), (4, 4), (4, 5)) + ((CHANNELS, LAYERS),) * args.full:
+    for channels, layers in SMALL_SIZES + ((CHANNELS, LAYERS),) * args.full:
         answers, memory = collections.defaultdict(list), {}
         for _ in range(1 if layers == LAYERS else min(args.rounds, 3)):
             for name in ('our_start', 'edge_by_edge_start'):
@@ -360,7 +362,7 @@ def start(args):
                 answers[name].append(side.answer)
                 memory[name] = side.end()
         ours, peer = answers['our_start'], answers['edge_by_edge_start']
-        check_same({'loss': ours[0]['loss']}, [{'loss': peer[0]['loss']}])
+        check_same(ours[0], {'loss': peer[0]['loss']})
         for what, unit, one, other in (
                 ('ready', 's', *(statistics.median(each['seconds'] for each in side) for side in (ours, peer))),
                 ('operators', '', ours[0]['operators'], peer[0]['operators']),
