@@ -106,7 +106,7 @@ def _load():
     if not _state['loaded']:
         path = library_path()
         if not os.path.isfile(path):
-            log.info("compiling the operators for this machine (once, about 40 seconds; --custom_ops False does without)")
+            log.info("compiling the operators for this machine (once, under a minute; --custom_ops False does without)")
             reason = compile_to(path)
             if reason:
                 log.warning(f"without operators of its own, the search and the training are slower: {reason}")
