@@ -230,30 +230,26 @@ def check_same(ours, peer):
 
 
 def compare(what, ours, theirs, args, **settings):
-    """Rows of the table for steps of both sides, in turns; of the peer's layouts the fastest one counts.
+    """Rows of the table for steps of both sides, in turns with each of the peer's layouts; the fastest one counts.
 
     One peer at a time: two of them would not fit into the memory of a small machine.
     """
-    layouts = LAYOUTS + (COMPILED,) * args.compile
+    best = None
     with tempfile.TemporaryDirectory() as folder:
         settings['weights'] = os.path.join(folder, 'weights.npz')
-        side, peer, alone = Side(ours, **settings), None, {}
-        for layout in layouts:
-            if peer:
-                peer.end()
+        side = Side(ours, **settings)
+        for layout in LAYOUTS + (COMPILED,) * args.compile:
             peer = Side(theirs, layout=layout, **settings)
             check_same(side.answer, peer.answer)
-            peer.step()                                       # to warm up
-            alone[layout] = min(peer.step() for _ in range(2))
-        best = min(layouts, key=alone.get)
-        if best != layouts[-1]:
-            peer.end()
-            peer = Side(theirs, layout=best, **settings)
-    seconds = alternate_sides({'ours': side, 'peer': peer}, args.rounds)
-    memory = {'ours': side.end(), 'peer': peer.end()}
-    name = f"PyTorch, {best.replace('_format', '').replace('_', ' ')}"
+            seconds = alternate_sides({'ours': side, 'peer': peer}, args.rounds)
+            memory = peer.end()
+            if best is None or seconds['peer'] < best[1]['peer']:
+                best = layout, seconds, memory
+        memory_of_ours = side.end()
+    layout, seconds, memory = best
+    name = f"PyTorch, {layout.replace('_format', '').replace('_', ' ')}"
     return [{'what': f'{what}, {which}', 'unit': unit, **values, 'peer is': name, 'ratio': values['ours'] / values['peer']}
-            for which, unit, values in (('time', 's', seconds), ('peak memory', 'GB', memory))]
+            for which, unit, values in (('time', 's', seconds), ('peak memory', 'GB', {'ours': memory_of_ours, 'peer': memory}))]
 
 
 def alternate_sides(sides, rounds):
