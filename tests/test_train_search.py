@@ -171,6 +171,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
     assert tiny_search(folder, resume=True) == 3
     assert f'{names[-1]} is damaged' in capsys.readouterr().out
     assert checkpoint(folder) == checkpoint(whole)
+    assert tiny_search(folder, resume=True) == 0
+    assert 'epochs were done already' in capsys.readouterr().out
+    assert checkpoint(folder) == checkpoint(whole)
 
     for name in checkpoint_names(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:1000])
