@@ -397,7 +397,7 @@ def run_epochs(task, run, args):
     epoch, step, meter = _begin(task, run, args)
     over = why_over(task, run.history()[-1:]) if args.resume and distributed.main else None
     ended, = distributed.total([over is not None])
-    if args.resume and epoch >= args.epochs and not ended:
+    if epoch >= args.epochs and not ended:
         log.info(f"all {args.epochs} epochs were done already")
     with _Stop() as stop:
         while epoch < args.epochs and not ended:

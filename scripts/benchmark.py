@@ -150,8 +150,10 @@ def torch_search(batch_size, unrolled, weights, layout):
     memory_format = getattr(torch, layout.split()[0])
     network = network.to(memory_format=memory_format)
     if layout == COMPILED:
-        # Edge by edge, a function for every shape: the whole supernet is not compiled after half an hour.
+        # Edge by edge, a function for every shape: the whole supernet was not compiled after 27 minutes. Beyond the
+        # limit an edge would silently stay as it is.
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for module in network.modules():
             if isinstance(module, MixedOp):
                 module.compile(dynamic=False)
@@ -330,7 +332,8 @@ def operator_times(batch_size, channels, layers):
 # ---------------------------------------------------------------------------------------------------
 # Start, and launches on a GPU
 
-SMALL_SIZES = (4, 3), (4, 4), (4, 5)         # channels and cells at which edge by edge is ready in reasonable time
+SMALL_SIZES = (4, 3), (4, 4), (4, 5)         # channels and cells at which edge by edge is ready in minutes
+
 
 def our_start(channels, layers):
     """From the start of the process to the end of the first run of all programs of a second-order search."""

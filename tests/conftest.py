@@ -8,6 +8,8 @@ import utils  # noqa: E402,F401  before paddle: it quiets paddle's start-up note
 
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite('agreement')          # so that a failure shows its numbers
+
 import custom_ops  # noqa: E402
 
 

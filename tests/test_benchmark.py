@@ -8,7 +8,7 @@ import utils
 
 
 class Peer:
-    """In the place of a Side that builds edge by edge; its loss is that of the supernet with seed 0."""
+    """In the place of a Side that builds edge by edge."""
 
     def __init__(self, answer):
         self.answer = answer
