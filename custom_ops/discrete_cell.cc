@@ -125,8 +125,7 @@ class Pool : public Operation<T> {
   void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch;
-      scratch.reserve(pools_.room() + g_.size);
+      Scratch<T> scratch(pools_.room() + g_.size);
       T *bordered = scratch.take(pools_.room()), *pooled = scratch.take(g_.size);
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < n_; ++n)
@@ -146,8 +145,7 @@ class Pool : public Operation<T> {
   void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T*) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch;
-      scratch.reserve(2 * pools_.room() + 2 * g_.size + g_.out_w);
+      Scratch<T> scratch(2 * pools_.room() + 2 * g_.size + g_.out_w);
       T *bordered = scratch.take(pools_.room()), *gradient = scratch.take(pools_.room()), *pooled = scratch.take(g_.size);
       T *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
 #pragma omp for schedule(static)
@@ -212,8 +210,7 @@ class ConvNorm : public Operation<T> {
     const T* affine = affine_.value;
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch;
-      scratch.reserve(room() + inner_room());
+      Scratch<T> scratch(room() + inner_room());
       T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room());
       for (int stage = 0; stage < stages_; ++stage) {
 #pragma omp for schedule(static)
@@ -278,11 +275,10 @@ class ConvNorm : public Operation<T> {
 #pragma omp parallel num_threads(threads())
     {
       T* const weights = partial.own(depthwise_size + pointwise_size);
-      Scratch<T> scratch;
       const int64_t in_plane = K == 1 || first_.stride == 1 ? first_.step : first_.plane;
       const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
-      scratch.reserve(room() + 2 * inner_room() + 2 * c_ * first_.step + in_size + border);
+      Scratch<T> scratch(room() + 2 * inner_room() + 2 * c_ * first_.step + in_size + border);
       T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room()), *d = scratch.zeros(c_ * first_.step);
       T *inner_gradient = scratch.take(inner_room()), *gradient = scratch.zeros(c_ * first_.step);
       T *in_gradient = scratch.take(in_size), *bordered = scratch.take(border);
@@ -529,8 +525,8 @@ class DiscreteCell {
     }
     const int64_t outer = c_ * h_ * w_, inner = c_ * out_h_ * out_w_, count = structure_.count();
     const int64_t gradients_size = n_ * (2 * outer + (count - 2) * inner);
-    std::unique_ptr<T[]> room(new T[gradients_size + workspace_size]);
-    T *next = room.get(), *workspace = next + gradients_size;
+    static thread_local Storage<T> storage;
+    T *next = storage.room(gradients_size + workspace_size), *workspace = next + gradients_size;
     std::vector<Images<T>> gradients;
     std::vector<bool> begun;                       // whether something is there to be added to
     for (int64_t s = 0; s < count; ++s) {

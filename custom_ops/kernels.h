@@ -8,7 +8,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "paddle/extension.h"
@@ -68,28 +70,19 @@ struct Sums {
   typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
   typedef typename Vector<T, L>::type V;
 
-  template <int RUN>
-  static V pair(V a, V b) {
-    static const struct Places {
-      alignas(64) Index first[L], second[L];
-      Places() {
-        for (int i = 0; i < L; ++i) {
-          first[i] = i / RUN % 2 * L + i / (2 * RUN) * 2 * RUN + i % RUN;
-          second[i] = first[i] + RUN;
-        }
-      }
-    } places;
-    return pick(a, b, places.first) + pick(a, b, places.second);
+  // to [COUNT]: the sum of the numbers of each vector. COUNT may be any number; to has room for a multiple of L.
+  template <int COUNT>
+  static void write(const V* vectors, T* to) {
+#pragma GCC unroll 32
+    for (int k = 0; k < COUNT; k += L) {
+      V some[L];
+#pragma GCC unroll 32
+      for (int i = 0; i < L; ++i) some[i] = k + i < COUNT ? vectors[k + i] : V{};
+      store<T, L>(to + k, of<L>(some));
+    }
   }
-  static V pick(V a, V b, const Index* places) {
-#if defined(__GNUC__) && !defined(__clang__)
-    return __builtin_shuffle(a, b, *reinterpret_cast<const typename Vector<Index, L>::type*>(places));
-#else
-    V picked;
-    for (int i = 0; i < L; ++i) picked[i] = places[i] < L ? a[places[i]] : b[places[i] - L];
-    return picked;
-#endif
-  }
+
+ private:
   // COUNT vectors, whose numbers have been added up in runs of L / COUNT.
   template <int COUNT>
   static V of(const V* v) {
@@ -98,24 +91,66 @@ struct Sums {
     } else {
       V halves[COUNT / 2];
 #pragma GCC unroll 8
-      for (int i = 0; i < COUNT / 2; ++i) halves[i] = pair<L / COUNT>(v[2 * i], v[2 * i + 1]);
+      for (int i = 0; i < COUNT / 2; ++i) halves[i] = pair<L / COUNT>(v[2 * i], v[2 * i + 1], std::make_index_sequence<L>());
       return of<COUNT / 2>(halves);
     }
   }
+  // The two halves of every run of a, then of b, added up. The places are constants: shuffles by others are several times
+  // slower.
+  template <int RUN, size_t... I>
+  static V pair(V a, V b, std::index_sequence<I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, place(I, RUN)...) + __builtin_shufflevector(a, b, (place(I, RUN) + RUN)...);
+#else
+    typedef typename Vector<Index, L>::type Places;
+    return __builtin_shuffle(a, b, Places{place(I, RUN)...}) + __builtin_shuffle(a, b, Places{(place(I, RUN) + RUN)...});
+#endif
+  }
+  static constexpr Index place(int i, int run) { return i / run % 2 * L + i / (2 * run) * 2 * run + i % run; }
 };
 
-// Room for the numbers of one thread, kept from call to call: fresh memory costs more than what is computed in it.
+constexpr int64_t kLine = 64;                    // bytes of a line of the cache
+
+// Numbers, rounded up to whole lines.
+template <typename T>
+inline int64_t whole_lines(int64_t size) {
+  const int64_t line = kLine / sizeof(T);
+  return (size + line - 1) / line * line;
+}
+
+// Memory that begins with a line of the cache, for every other vector would lie across two; and that is kept from call to
+// call, for fresh memory costs more than what is computed in it.
+template <typename T>
+class Storage {
+ public:
+  // Room for `size` numbers; what was there before is lost.
+  T* room(int64_t size) {
+    if (size > size_) {
+      numbers_.reset();
+      numbers_.reset(new T[size + kLine / sizeof(T)]);
+      size_ = size;
+    }
+    const auto at = reinterpret_cast<uintptr_t>(numbers_.get());
+    return numbers_.get() + (kLine - at % kLine) % kLine / sizeof(T);
+  }
+
+ private:
+  std::unique_ptr<T[]> numbers_;
+  int64_t size_ = 0;
+};
+
+// Room for the numbers of one thread, handed out piece by piece, each at the start of a line.
 template <typename T>
 class Scratch {
  public:
-  Scratch() : next_(0) {}
-  // Reserves room for all that `take` will ask for.
-  void reserve(int64_t size) {
-    if (static_cast<int64_t>(room_.size()) < size) room_.resize(size);
+  // Room for pieces of these sizes together, at most 32.
+  explicit Scratch(int64_t size) {
+    static thread_local Storage<T> storage;
+    next_ = storage.room(size + 32 * kLine / sizeof(T));
   }
   T* take(int64_t size) {
-    T* start = room_.data() + next_;
-    next_ += size;
+    T* start = next_;
+    next_ += whole_lines<T>(size);
     return start;
   }
   T* zeros(int64_t size) {
@@ -125,18 +160,15 @@ class Scratch {
   }
 
  private:
-  static thread_local std::vector<T> room_;
-  int64_t next_;
+  T* next_;
 };
-template <typename T>
-thread_local std::vector<T> Scratch<T>::room_;
 
 // The distance between planes of `size` numbers: an odd number of cache lines, for planes that are a power of two apart
 // would compete for the same few places in the cache.
 template <typename T>
 inline int64_t apart(int64_t size) {
-  const int64_t line = 64 / sizeof(T);
-  return ((size + line - 1) / line | 1) * line;
+  const int64_t line = kLine / sizeof(T);
+  return (whole_lines<T>(size) / line | 1) * line;
 }
 
 // A plane [h, w] in scratch with a border of `padding`, read with a stride: [h + 2 p, stride, phase], column c at
@@ -250,25 +282,27 @@ void correlate(const Geometry& g, const T* in, const Taps<K>& taps, const T* wei
       correlate_tile<T, L, K, 1, 1, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
 }
 
-// weight_gradient [K, K] += the correlation of a padded plane with the gradient of the output, TAPS of the kernel at a
-// time: as many sums as there are registers for.
-template <typename T, int L, int K, int TAPS>
+// weight_gradient [K, K] += the correlation of a padded plane with the gradient of the output, from tap FIRST on: as many
+// taps at a time as there are registers for their sums.
+template <typename T, int L, int K, int FIRST = 0>
 void correlate_weights(const Geometry& g, const T* padded, const Taps<K>& taps, const T* gradient, T* weight_gradient) {
-  for (int first = 0; first < K * K; first += TAPS) {
-    typename Vector<T, L>::type sums[TAPS];
+  constexpr int TAPS = std::min(K * K - FIRST, kRegisters - 3);
+  typename Vector<T, L>::type sums[TAPS];
 #pragma GCC unroll 32
-    for (int k = 0; k < TAPS; ++k) sums[k] = typename Vector<T, L>::type{};
-    for (int64_t r = 0; r < g.out_h; ++r) {
-      for (int64_t c = 0; c < g.out_row; c += L) {
-        const auto d = load<T, L>(gradient + r * g.out_row + c);
-        const T* from = padded + r * g.stride * g.row + c;
+  for (int k = 0; k < TAPS; ++k) sums[k] = typename Vector<T, L>::type{};
+  for (int64_t r = 0; r < g.out_h; ++r) {
+    for (int64_t c = 0; c < g.out_row; c += L) {
+      const auto d = load<T, L>(gradient + r * g.out_row + c);
+      const T* from = padded + r * g.stride * g.row + c;
 #pragma GCC unroll 32
-        for (int k = 0; k < TAPS; ++k) sums[k] += d * load<T, L>(from + taps.at[first + k]);
-      }
+      for (int k = 0; k < TAPS; ++k) sums[k] += d * load<T, L>(from + taps.at[FIRST + k]);
     }
-#pragma GCC unroll 32
-    for (int k = 0; k < TAPS; ++k) weight_gradient[first + k] += sum<T, L>(sums[k]);
   }
+  T all[TAPS + L];
+  Sums<T, L>::template write<TAPS>(sums, all);
+  for (int k = 0; k < TAPS; ++k) weight_gradient[FIRST + k] += all[k];
+  if constexpr (FIRST + TAPS < K * K)
+    correlate_weights<T, L, K, FIRST + TAPS>(g, padded, taps, gradient, weight_gradient);
 }
 
 // padded (a gradient laid out like the padded input) += the output's gradient, spread by the kernel. For strides > 1.
@@ -309,20 +343,27 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
     for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_step + c * L, sums[r][c]);
 }
 
+// Calls f(r, std::integral_constant<int, ROWS>) for tiles of ROWS rows from row r on: six, or as many as are left.
+template <typename F>
+inline void in_tiles(int64_t rows, F f) {
+  for (int64_t r = 0; r < rows;) {
+    const int64_t left = rows - r;
+    if (left >= 6 && left != 8)                    // 8 is better done as 4 + 4
+      f(r, std::integral_constant<int, 6>()), r += 6;
+    else if (left >= 4)
+      f(r, std::integral_constant<int, 4>()), r += 4;
+    else
+      f(r, std::integral_constant<int, 1>()), r += 1;
+  }
+}
+
 template <typename T, int L, int COLUMNS>
 void multiply_columns(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows, int64_t inner,
                       T* out, int64_t out_step) {
-  for (int64_t r = 0; r < rows;) {
-    const int64_t left = rows - r;
-    const T* from = a + r * a_row;
-    T* to = out + r * out_step;
-    if (left >= 6 && left != 8)                    // 8 is better done as 4 + 4
-      multiply_tile<T, L, 6, COLUMNS>(from, a_row, a_column, b, b_step, inner, to, out_step), r += 6;
-    else if (left >= 4)
-      multiply_tile<T, L, 4, COLUMNS>(from, a_row, a_column, b, b_step, inner, to, out_step), r += 4;
-    else
-      multiply_tile<T, L, 1, COLUMNS>(from, a_row, a_column, b, b_step, inner, to, out_step), r += 1;
-  }
+  in_tiles(rows, [&](int64_t r, auto count) {
+    multiply_tile<T, L, decltype(count)::value, COLUMNS>(a + r * a_row, a_row, a_column, b, b_step, inner, out + r * out_step,
+                                                         out_step);
+  });
 }
 
 // out [rows, size] = a [rows, inner] b [inner, size]; size is a multiple of L; *_step: from row to row. A few columns of b
@@ -340,8 +381,10 @@ void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b
   for (; p < size; p += L) multiply_columns<T, L, 1>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
 }
 
+// On its own: where it is inlined, the registers do not suffice for the addresses of the rows.
 template <typename T, int L, int ROWS, int COLUMNS>
-inline void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t size, T* out, int64_t out_row) {
+__attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t size, T* out,
+                                          int64_t out_row) {
   typename Vector<T, L>::type sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -358,28 +401,19 @@ inline void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, i
       for (int c = 0; c < COLUMNS; ++c) sums[r][c] += row * columns[c];
     }
   }
-  if constexpr (ROWS * COLUMNS % L == 0) {
-    T all[ROWS * COLUMNS];
-#pragma GCC unroll 4
-    for (int k = 0; k < ROWS * COLUMNS; k += L) store<T, L>(all + k, Sums<T, L>::template of<L>(&sums[0][0] + k));
-    for (int r = 0; r < ROWS; ++r)
-      for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += all[r * COLUMNS + c];
-    return;
-  }
-#pragma GCC unroll 8
+  T all[ROWS * COLUMNS + L];
+  Sums<T, L>::template write<ROWS * COLUMNS>(&sums[0][0], all);
   for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += sum<T, L>(sums[r][c]);
+    for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += all[r * COLUMNS + c];
 }
 
 template <typename T, int L, int ROWS>
-void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out,
-                int64_t out_row) {
+void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out) {
   constexpr int COLUMNS = kTileColumns;
   int64_t c = 0;
   for (; c + COLUMNS <= columns; c += COLUMNS)
-    outer_tile<T, L, ROWS, COLUMNS>(a, a_step, b + c * b_step, b_step, size, out + c, out_row);
-  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1>(a, a_step, b + c * b_step, b_step, size, out + c, out_row);
+    outer_tile<T, L, ROWS, COLUMNS>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
+  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
 }
 
 // out [rows, columns] += a [rows, size] b [columns, size]^T; size is a multiple of L.
@@ -387,10 +421,9 @@ template <typename T, int L>
 void add_outer(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t rows, int64_t columns, int64_t size, T* out) {
   if (L < kMost<T> && size % kMost<T> == 0)
     return add_outer<T, kMost<T>>(a, a_step, b, b_step, rows, columns, size, out);
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4)
-    outer_rows<T, L, 4>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns, columns);
-  for (; r < rows; ++r) outer_rows<T, L, 1>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns, columns);
+  in_tiles(rows, [&](int64_t r, auto count) {
+    outer_rows<T, L, decltype(count)::value>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns);
+  });
 }
 
 // A separable convolution of the C channels of one image for one edge: depthwise [C, K, K], then pointwise [C, C].
@@ -428,8 +461,7 @@ struct Separable {
     for (int64_t c = 0; c < channels; ++c) {
       const T* one = inner_gradient + c * g.step;
       if (weight_gradient)
-        correlate_weights<T, L, K, (K * K + 2 < kRegisters ? K * K : K)>(g, padded + c * g.plane, taps, one,
-                                                                         weight_gradient + c * K * K);
+        correlate_weights<T, L, K>(g, padded + c * g.plane, taps, one, weight_gradient + c * K * K);
       if (g.stride == 1) {
         for (int64_t r = 0; r < g.out_h; ++r)
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, one + r * g.out_row, g.out_w * sizeof(T));

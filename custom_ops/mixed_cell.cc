@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cmath>
-#include <memory>
 
 namespace {
 
@@ -64,8 +63,7 @@ class MixedCell {
     std::vector<double> moments(n_ * rows * 2);
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch;
-      scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pools_room() + size_);
+      Scratch<T> scratch(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pools_room() + size_);
       T *from_inputs = scratch.zeros(c_ * inputs_.plane), *from_nodes = scratch.zeros(c_ * nodes_.plane);
       T *between = scratch.zeros(c_ * second_.plane), *inner = scratch.take(c_ * nodes_.step);
       T *total = scratch.take(size_), *bordered = scratch.take(pools_room());
@@ -184,8 +182,10 @@ class MixedCell {
     const std::vector<T> turned3 = turn_round(depthwise3, kEdges * 3 * c_, 9);
     const std::vector<T> turned5 = turn_round(depthwise5, kEdges * 3 * c_, 25);
     PartialSums<T> partial;
-    std::unique_ptr<T[]> gradient(new T[n_ * c4 * size_]);                     // of the nodes, complete when they are used
-    std::unique_ptr<T[]> first_gradient(new T[n_ * kGroup[0].edges * 2 * c_ * size_]);       // behind the first ReLU
+    // Of the nodes, complete when they are used; behind the first ReLU.
+    static thread_local Storage<T> nodes_storage, first_storage;
+    T* const gradient = nodes_storage.room(n_ * c4 * size_);
+    T* const first_gradient = first_storage.room(n_ * kGroup[0].edges * 2 * c_ * size_);
     std::vector<double> sums(n_ * c4), dots(n_ * kEdges * kDots * c_), first_sums(n_ * kEdges * 2 * c_ * 2);
     std::vector<T> mean_gradient(c4), slope(kEdges * kDots * c_), first_mean(kEdges * 2 * c_), first_slope(kEdges * 2 * c_);
     std::vector<double> total_dot(kEdges * kDots * c_);
@@ -197,9 +197,8 @@ class MixedCell {
       const auto at = [](T* base, int64_t offset) { return base ? base + offset : nullptr; };
       const int64_t in_size = c_ * std::max(inputs_.stride == 1 ? inputs_.step : inputs_.plane, nodes_.step);
       const int64_t in_plane = std::max(inputs_.h * inputs_.w, size_);
-      Scratch<T> scratch;
-      scratch.reserve(c_ * (inputs_.plane + nodes_.plane + second_.plane + 3 * nodes_.step) + in_size + inputs_.plane +
-                      nodes_.plane + second_.plane + 2 * pools_room() + 3 * size_ + in_plane);
+      Scratch<T> scratch(c_ * (inputs_.plane + nodes_.plane + second_.plane + 3 * nodes_.step) + in_size + inputs_.plane +
+                         nodes_.plane + second_.plane + 2 * pools_room() + 3 * size_ + in_plane);
       T *from_inputs = scratch.zeros(c_ * inputs_.plane), *from_nodes = scratch.zeros(c_ * nodes_.plane);
       T *between = scratch.zeros(c_ * second_.plane);
       T *inner = scratch.take(c_ * nodes_.step), *inner_gradient = scratch.take(c_ * nodes_.step);
@@ -209,7 +208,7 @@ class MixedCell {
       T *bordered_gradient = scratch.take(pools_room()), *max_gradient = scratch.take(size_);
       T *mean_pool_gradient = scratch.take(size_), *open = scratch.take(size_), *raw = scratch.take(in_plane);
 #pragma omp for schedule(static)
-      for (int64_t k = 0; k < n_ * c4; ++k) spread_rows(out_gradient + k * nodes_.h * nodes_.w, gradient.get() + k * size_);
+      for (int64_t k = 0; k < n_ * c4; ++k) spread_rows(out_gradient + k * nodes_.h * nodes_.w, gradient + k * size_);
 
       for (int g = kGroups - 1; g >= 0; --g) {
         const Group& group = kGroup[g];
@@ -225,7 +224,7 @@ class MixedCell {
         for (int64_t n = 0; n < n_; ++n) {
           const T* image = saved + n * rows * size_;
           for (int64_t k = first_node * c_; k < c4; ++k) {
-            const T* d = gradient.get() + (n * c4 + k) * size_;
+            const T* d = gradient + (n * c4 + k) * size_;
             T total = 0;
 #pragma omp simd reduction(+ : total)
             for (int64_t p = 0; p < size_; ++p) total += d[p];
@@ -235,7 +234,7 @@ class MixedCell {
             for (int dot = 0; dot < kDots; ++dot)
               for (int64_t c = 0; c < c_; ++c) {
                 const Edge& edge = kEdge[e];
-                const T* d = gradient.get() + (n * c4 + edge.node * c_ + c) * size_;
+                const T* d = gradient + (n * c4 + edge.node * c_ + c) * size_;
                 const int64_t from = dot_row(edge, dot);
                 T total = 0;
                 if (from < 0) {
@@ -279,7 +278,7 @@ class MixedCell {
           const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[dot]];
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t from = dot_row(edge, dot) + c;
-            differentiate(nodes_, gradient.get() + (n * c4 + edge.node * c_ + c) * size_, saved + (n * rows + from) * size_,
+            differentiate(nodes_, gradient + (n * c4 + edge.node * c_ + c) * size_, saved + (n * rows + from) * size_,
                           weight * statistics[from * 2 + 1], mean_gradient[edge.node * c_ + c], statistics[from * 2],
                           slope[(edge.position * kDots + dot) * c_ + c], to + c * nodes_.step);
           }
@@ -308,7 +307,7 @@ class MixedCell {
               for (int64_t c = 0; c < c_; ++c) {
                 through_normalised_relu<T, L>(
                     nodes_, image + (first + c) * size_, T(1), statistics[(first + c) * 2], T(0), in_gradient + c * nodes_.step,
-                    first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
+                    first_gradient + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
                     first_sums.data() + (((n * kEdges + e) * 2 + which) * c_ + c) * 2);
               }
             }
@@ -328,7 +327,7 @@ class MixedCell {
         const auto first_gradient_of = [&](int64_t n, const Edge& edge, int which, T* to) {
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t from = row(edge, which ? kSep5First : kSep3First) + c, k = (edge.position * 2 + which) * c_ + c;
-            differentiate(nodes_, first_gradient.get() + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
+            differentiate(nodes_, first_gradient + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
                           saved + (n * rows + from) * size_, statistics[from * 2 + 1], first_mean[k], statistics[from * 2],
                           first_slope[k], to + c * nodes_.step);
           }
@@ -383,9 +382,9 @@ class MixedCell {
             for (int64_t c = 0; c < c_; ++c) {
               const T* plane = state + c * geometry.h * geometry.w;
               std::fill(raw, raw + geometry.h * geometry.w, T(0));
-              pool_gradient(n, s, kMaxDot, c, group, mixing, gradient.get(), image, statistics, mean_gradient, total_dot,
+              pool_gradient(n, s, kMaxDot, c, group, mixing, gradient, image, statistics, mean_gradient, total_dot,
                             max_gradient);
-              pool_gradient(n, s, kAvgDot, c, group, mixing, gradient.get(), image, statistics, mean_gradient, total_dot,
+              pool_gradient(n, s, kAvgDot, c, group, mixing, gradient, image, statistics, mean_gradient, total_dot,
                             mean_pool_gradient);
               std::fill(bordered_gradient, bordered_gradient + pools.room(), T(0));
               pools.max_back(plane, image + (pool_row(s, 0) + c) * size_, max_gradient, bordered, open, bordered_gradient);
@@ -396,7 +395,7 @@ class MixedCell {
                   const Edge& edge = kEdge[e];
                   if (edge.state != s) continue;
                   const T weight = mixing[edge.number * kPrimitives + kSkip];
-                  const T* d = gradient.get() + (n * c4 + edge.node * c_ + c) * size_;
+                  const T* d = gradient + (n * c4 + edge.node * c_ + c) * size_;
                   for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd
                     for (int64_t j = 0; j < nodes_.columns(); ++j) raw[i * nodes_.w + j] += weight * d[i * nodes_.out_row + j];
@@ -405,7 +404,7 @@ class MixedCell {
               for (int64_t i = 0; i < geometry.h; ++i) {
                 const T *value = plane + i * geometry.w, *direct = raw + i * geometry.w;
                 T* to = s < 2 ? x_gradient + (((n * 2 + s) * c_ + c) * geometry.h + i) * geometry.w
-                              : gradient.get() + (n * c4 + (s - 2) * c_ + c) * size_ + i * nodes_.out_row;
+                              : gradient + (n * c4 + (s - 2) * c_ + c) * size_ + i * nodes_.out_row;
                 if (geometry.stride == 1) {
                   const T* rectified = in_gradient + c * in_step + i * geometry.out_row;
                   if (s < 2) {
