@@ -2,141 +2,120 @@
 
     min_alpha L_val(w*(alpha), alpha)    with    w*(alpha) = argmin_w L_train(w, alpha)
 
-One step of the weights stands for w*: w' = w - xi (mu v + grad_w L_train(w, alpha) + lambda w). Then
+One step of the weight optimizer approximates w*: w' = w - xi (mu v + grad_w L_train(w, alpha) + lambda w). Then
 
     d_alpha = grad_alpha L_val(w', alpha) - xi * h
     h = (grad_alpha L_train(w + eps u, alpha) - grad_alpha L_train(w - eps u, alpha)) / (2 eps)
 
-with u = grad_w' L_val(w', alpha) and eps = 0.01 / ||u||: h is u times the mixed second derivative
-of L_train, by central differences. All of it is runs of the one supernet program with
-vector arithmetic on the device in between; no second network is built. With several processes each gradient is
-that of its part of the batch, and what is made of it their average.
+with u = grad_w' L_val(w', alpha) and eps = 0.01 / ||u||: h is the product of u and the mixed second derivative of L_train,
+by central differences. Each gradient is a run of the one supernet program; the programs built here are the vector
+arithmetic in between, on the device. With several ranks each run sees a shard of the batch and the gradients are averaged.
 """
+from __future__ import annotations
+
 import numpy as np
+
+import engine  # noqa: F401  before paddle
 import paddle
 
-from distributed import average
-from model_search import by_cell_kind
-from parameters import Function, MomentumSGD, norm
+from engine.distributed import average_gradients
+from engine.optimizers import Adam, MomentumSGD, global_norm
+from engine.programs import StaticProgram
+from model_search import Supernet, by_cell_kind
 
 PERTURBATION = 0.01              # r in eps = r / ||u||
-BETA1, BETA2, EPSILON = 0.5, 0.999, 1e-8
 
 
 class Architect:
-    """Moves alpha of a supernet by Adam on the first- or second-order gradient.
+    """Updates alpha of a supernet by Adam on the first- or second-order gradient.
 
-    optimizer: the MomentumSGD that trains the weights of the supernet; the virtual step uses its
-    momentum, weight decay and velocity. None makes one with the defaults of the search.
-    arch_learning_rate, arch_weight_decay: Adam's rate and the L2 decay of alpha (added to the gradient).
-    unrolled: True for the second order, False for grad_alpha L_val(w, alpha) at the present weights.
+    optimizer: the MomentumSGD that trains the weights of the supernet; the virtual step takes its rule and velocity. None
+    creates one with the defaults of the search.
+    arch_learning_rate, arch_weight_decay: Adam's learning rate, and the L2 decay of alpha that is added to the gradient.
+    unrolled: True for the second order, False for grad_alpha L_val(w, alpha) at the current weights.
     """
 
-    def __init__(self, supernet, optimizer=None, arch_learning_rate=3e-4, arch_weight_decay=1e-3, unrolled=True):
+    def __init__(self, supernet: Supernet, optimizer: MomentumSGD | None = None, arch_learning_rate: float = 3e-4,
+                 arch_weight_decay: float = 1e-3, unrolled: bool = True):
         self.supernet, self.store, self.unrolled = supernet, supernet.store, unrolled
         self.optimizer = optimizer or MomentumSGD(self.store, momentum=0.9, weight_decay=3e-4, grad_clip=5.0)
-        self.arch_learning_rate, self.arch_weight_decay = arch_learning_rate, arch_weight_decay
-        self.steps = 0           # t of Adam
-        alphas = self.store.get('alphas')
-        for name in ('adam_mean', 'adam_variance', 'd_alpha'):
-            self.store.set(name, np.zeros_like(alphas))
+        self.gradient_name = 'd_alpha' if unrolled else 'alpha_gradient'
         if unrolled:
-            weights = self.store.get('theta')
             for name in ('w', 'u'):
-                self.store.set(name, np.zeros_like(weights))
-            for name in ('validation_gradient', 'plus_gradient'):
-                self.store.set(name, np.zeros_like(alphas))
+                self.store.set(name, np.zeros_like(self.store.get('theta')))
+            for name in ('d_alpha', 'validation_gradient', 'plus_gradient'):
+                self.store.set(name, np.zeros_like(self.store.get('alphas')))
             self.store.set('eps', np.zeros(1))
-            self._virtual_step = Function(self.store, self._build_virtual_step)
-            self._plus = Function(self.store, self._build_plus)
-            self._minus = Function(self.store, self._build_minus)
-            self._second_order = Function(self.store, self._build_second_order)
-        self._adam = Function(self.store, self._build_adam)
+            self._virtual_step = StaticProgram(self.store, self._build_virtual_step)
+            self._plus = StaticProgram(self.store, self._build_plus)
+            self._minus = StaticProgram(self.store, self._build_minus)
+            self._second_order = StaticProgram(self.store, self._build_second_order)
+        self.adam = Adam(self.store, 'alphas', self.gradient_name, arch_learning_rate, arch_weight_decay, beta1=0.5)
 
-    def step(self, train, valid, lr):
-        """One update of alpha; train, valid: (images, labels); lr: xi, the learning rate of the weights.
+    def step(self, train: tuple, valid: tuple, lr: float) -> None:
+        """Updates alpha once; train, valid: (images, labels); lr: xi, the learning rate of the weights.
 
-        The weights and the velocity are afterwards what they were before, to the bit.
+        Weights and velocity are bit-identical afterwards.
         """
         self.update(self.supernet.feed(*train), self.supernet.feed(*valid), lr)
 
-    def update(self, train, valid, lr):
-        """`step` with batches from `Supernet.feed`."""
+    def update(self, train: dict, valid: dict, lr: float) -> None:
+        """Like `step`, with batches from `Supernet.feed`."""
         run, run_alphas = self.supernet.run, self.supernet.run_alphas
         xi = np.array([lr], self.store.dtype)
         if self.unrolled:
             run(train)                   # 1  g = grad_w L_train(w, alpha)
-            average(self.store, 'gradient')
+            average_gradients(self.store, 'gradient')
             self._virtual_step(xi=xi)    # 2  w' = w - xi (mu v + g + lambda w)
             run(valid)                   # 3  grad_alpha L_val(w', alpha),  u = grad_w' L_val(w', alpha)
-            average(self.store, 'gradient')
+            average_gradients(self.store, 'gradient')
             self._plus()                 # 4  eps = r / ||u||,  w + eps u
             run_alphas(train)            #    grad_alpha L_train(w + eps u, alpha)
             self._minus()                #    w - eps u
             run_alphas(train)            #    grad_alpha L_train(w - eps u, alpha)
-            self._second_order(xi=xi)    # 5, 6  d_alpha, and w as it was
-            average(self.store, 'd_alpha')          # once for all three gradients of alpha: it is linear in them
+            self._second_order(xi=xi)    # 5, 6  d_alpha; restores w
         else:
             run_alphas(valid)            # d_alpha = grad_alpha L_val(w, alpha)
-            average(self.store, 'alpha_gradient')
-        self.steps += 1
-        bias = [1 - BETA1 ** self.steps, 1 - BETA2 ** self.steps]
-        self._adam(bias=np.array(bias, self.store.dtype))
+        average_gradients(self.store, self.gradient_name)        # d_alpha is linear in the three gradients of alpha
+        self.adam.step()
 
-    def alpha_gradients(self):
-        """d_alpha of the last step, without the weight decay: {'alphas_normal', 'alphas_reduce': [14, 8]}."""
-        return by_cell_kind(self.store.get('d_alpha' if self.unrolled else 'alpha_gradient'))
+    def alpha_gradients(self) -> dict[str, np.ndarray]:
+        """Returns d_alpha of the last step, without weight decay: {'alphas_normal', 'alphas_reduce': [14, 8]}."""
+        return by_cell_kind(self.store.get(self.gradient_name))
 
-    def _build_virtual_step(self):
-        """w aside, theta <- w - xi (mu v + g + lambda w)."""
+    def _build_virtual_step(self) -> list:
+        """Saves w, then theta <- w - xi (mu v + g + lambda w)."""
         xi = self.store.input('xi', [1])
         w, v, g = map(self.store.variable, ('theta', 'velocity', 'gradient'))
-        mu, lamda = map(self.store.scalar, (self.optimizer.momentum, self.optimizer.weight_decay))
-        virtual = w - xi * (mu * v + g + lamda * w)
+        virtual, _ = self.optimizer.rule(w, v, g, xi)
         self.store.assign('w', w)
         self.store.assign('theta', virtual)
         return []
 
-    def _build_plus(self):
-        """u and grad_alpha L_val(w', alpha) aside, theta <- w + eps u."""
+    def _build_plus(self) -> list:
+        """Saves u and grad_alpha L_val(w', alpha), then theta <- w + eps u."""
         w, u = map(self.store.variable, ('w', 'gradient'))
-        # Where u vanishes so does h, whatever eps is, as long as it is a number.
-        eps = self.store.scalar(PERTURBATION) / paddle.maximum(norm(u), self.store.scalar(1e-30))
+        # If u = 0 then h = 0 for any finite eps; the maximum only avoids a division by zero.
+        eps = self.store.scalar(PERTURBATION) / paddle.maximum(global_norm(u), self.store.scalar(1e-30))
         self.store.assign('validation_gradient', self.store.variable('alpha_gradient'))
         self.store.assign('u', u)
         self.store.assign('eps', eps)
         self.store.assign('theta', w + eps * u)
         return []
 
-    def _build_minus(self):
-        """grad_alpha L_train(w + eps u, alpha) aside, theta <- w - eps u."""
+    def _build_minus(self) -> list:
+        """Saves grad_alpha L_train(w + eps u, alpha), then theta <- w - eps u."""
         w, u, eps = map(self.store.variable, ('w', 'u', 'eps'))
         self.store.assign('plus_gradient', self.store.variable('alpha_gradient'))
         self.store.assign('theta', w - eps * u)
         return []
 
-    def _build_second_order(self):
-        """d_alpha <- grad_alpha L_val(w', alpha) - xi h, theta <- w."""
+    def _build_second_order(self) -> list:
+        """d_alpha <- grad_alpha L_val(w', alpha) - xi h, then theta <- w."""
         xi = self.store.input('xi', [1])
-        outer, plus, minus, eps, w = map(self.store.variable, (
+        validation, plus, minus, eps, w = map(self.store.variable, (
             'validation_gradient', 'plus_gradient', 'alpha_gradient', 'eps', 'w'))
         h = (plus - minus) / (eps + eps)
-        self.store.assign('d_alpha', outer - xi * h)
+        self.store.assign('d_alpha', validation - xi * h)
         self.store.assign('theta', w)
-        return []
-
-    def _build_adam(self):
-        """Adam (arXiv 1412.6980) with L2 decay: bias [2] holds 1 - beta^t of both moments."""
-        bias = self.store.input('bias', [2])
-        alphas, mean, variance, gradient = map(self.store.variable, (
-            'alphas', 'adam_mean', 'adam_variance', 'd_alpha' if self.unrolled else 'alpha_gradient'))
-        scalar = self.store.scalar
-        gradient = gradient + scalar(self.arch_weight_decay) * alphas
-        mean = scalar(BETA1) * mean + scalar(1 - BETA1) * gradient
-        variance = scalar(BETA2) * variance + scalar(1 - BETA2) * paddle.square(gradient)
-        rate = scalar(self.arch_learning_rate) / bias[0]
-        step = mean / (paddle.sqrt(variance / bias[1]) + scalar(EPSILON))
-        self.store.assign('adam_mean', mean)
-        self.store.assign('adam_variance', variance)
-        self.store.assign('alphas', alphas - rate * step)
         return []

@@ -1,4 +1,6 @@
-"""Genotypes: what a cell is made of, the published ones by name, reading, writing and deriving them."""
+"""Genotypes: the published ones by name; reading, writing and checking them; derivation from alpha."""
+from __future__ import annotations
+
 import json
 import os
 from collections import namedtuple
@@ -10,7 +12,7 @@ from utils import UserError
 # The operations of the search space, in the order of the columns of alpha.
 PRIMITIVES = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect',
               'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
-# What an edge of a discrete cell can be: also operations that only published genotypes use.
+# The operations of discrete cells, including those that only published genotypes use.
 OPERATIONS = PRIMITIVES[1:] + ('sep_conv_7x7', 'conv_7x1_1x7')
 
 NODES = 4                                            # intermediate nodes of a cell in the search
@@ -18,8 +20,8 @@ FIRST_EDGE = tuple(sum(2 + n for n in range(node)) for node in range(NODES))    
 EDGES = sum(2 + node for node in range(NODES))       # 14; the edge from state j to node i is FIRST_EDGE[i] + j
 
 Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')
-Genotype.__doc__ = """A cell pair. normal, reduce: two edges (operation, state) a node, nodes in order;
-states 0 and 1 are the outputs of the two cells before, 2 + i is node i. *_concat: the states whose
+Genotype.__doc__ = """A normal and a reduction cell. normal, reduce: two edges (operation, state) per node, nodes
+in order; states 0 and 1 are the outputs of the two cells before, state 2 + i is node i. *_concat: the states whose
 concatenation is the output of the cell."""
 
 
@@ -62,7 +64,7 @@ DARTS_PADDLE = _genotype(                            # found by the PaddlePaddle
     'skip_connect 1 max_pool_3x3 0  max_pool_3x3 1 skip_connect 2  skip_connect 2 dil_conv_5x5 3 '
     'skip_connect 2 max_pool_3x3 1')
 
-FASHION_MNIST_0 = _genotype(                         # found by scripts/compare_genotypes.py, seed 0
+FASHION_MNIST_0 = _genotype(                         # found by scripts/bench/compare_genotypes.py, seed 0
     'sep_conv_3x3 1 sep_conv_5x5 0  avg_pool_3x3 1 sep_conv_3x3 0  sep_conv_5x5 3 avg_pool_3x3 0 '
     'sep_conv_5x5 0 sep_conv_3x3 4',
     'sep_conv_3x3 1 sep_conv_5x5 0  sep_conv_3x3 2 sep_conv_5x5 1  sep_conv_5x5 1 sep_conv_3x3 3 '
@@ -79,8 +81,8 @@ GENOTYPES = {'NASNet': NASNet, 'AmoebaNet': AmoebaNet, 'DARTS_V1': DARTS_V1, 'DA
              'FASHION_MNIST_1': FASHION_MNIST_1}
 
 
-def load(name):
-    """The genotype with a name of GENOTYPES, or of a genotype.json (what `dumps` gives).
+def load(name: str) -> Genotype:
+    """Returns the genotype with a name of GENOTYPES, or of a genotype.json (the output of `dumps`).
 
     Raises UserError for a name that is neither, and for a file that holds no valid genotype.
     """
@@ -97,19 +99,36 @@ def load(name):
         raise UserError(f"{name} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
 
 
-def dumps(genotype):
-    """A genotype as one line of JSON: its four fields, edges as [operation, state]."""
+def of_weights(path: str, metadata: dict, arch: str | None = None) -> Genotype:
+    """Returns the genotype of the weight file `path`: that of its metadata, otherwise `arch` (as of `load`).
+
+    Raises UserError when both are missing and when they differ.
+    """
+    try:
+        recorded = check(metadata['genotype']) if metadata.get('genotype') else None
+    except ValueError as error:
+        raise UserError(f"{path} records no valid genotype: {error}") from None
+    genotype = load(arch) if arch else recorded
+    if not genotype:
+        raise UserError(f"{path} does not record its genotype: give --arch")
+    if recorded not in (None, genotype):
+        raise UserError(f"{path} was trained with another genotype than {arch}")
+    return genotype
+
+
+def dumps(genotype: Genotype) -> str:
+    """Returns a genotype as one line of JSON: its four fields, edges as [operation, state]."""
     return json.dumps(genotype._asdict())
 
 
-def check(fields):
-    """The Genotype of a mapping with its four fields.
+def check(fields: dict) -> Genotype:
+    """Returns the Genotype of a mapping with its four fields.
 
-    Raises ValueError when a field is missing or too many, an operation is unknown, an edge comes
-    from a state that does not precede its node, or concat names something that is no node.
+    Raises ValueError for a missing or additional field, an unknown operation, an edge from a state that does not precede
+    its node, and a concat that names other states than nodes.
     """
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
-        raise ValueError(f"the fields have to be {', '.join(Genotype._fields)}")
+        raise ValueError(f"its fields have to be {', '.join(Genotype._fields)}")
     checked = {}
     for cell in ('normal', 'reduce'):
         edges, concat = fields[cell], fields[cell + '_concat']
@@ -131,43 +150,48 @@ def check(fields):
     return Genotype(**checked)
 
 
-def _is_state(value, first, end):
+def _is_state(value, first: int, end: int) -> bool:
     return type(value) is int and first <= value < end
 
 
-def softmax(alphas):
-    """softmax over the 8 operations of each edge: [..., 14, 8] -> the same shape."""
+def softmax(alphas: np.ndarray) -> np.ndarray:
+    """Returns the softmax over the 8 operations of each edge: [..., 14, 8] -> the same shape."""
     weights = np.exp(alphas - np.max(alphas, axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def entropy(weights):
-    """How undecided the edges of a cell are: the mean over the edges of -sum p log p, in nats.
+def entropy(weights: np.ndarray) -> float:
+    """Returns the mean over the edges of -sum p log p, in nats; weights: softmax of alpha [14, 8].
 
-    weights: softmax of alpha [14, 8]. From log 8 = 2.079, all operations alike, down to 0, one alone.
+    It falls from log 8 = 2.079, where all operations are equal, to 0, where one operation has all the weight.
     """
     weights = np.asarray(weights, 'float64')
     # 0 log 0 is 0.
     return float(-(weights * np.log(np.maximum(weights, np.finfo('float64').tiny))).sum(axis=-1).mean())
 
 
-def skip_connects(genotype):
-    """How many skip_connect the normal cell has. Searches drift towards them, and too many make a poor network."""
+def skip_connects(genotype: Genotype) -> int:
+    """Returns the number of skip_connect in the normal cell: searches drift towards them, and many make a poor network."""
     return sum(operation == 'skip_connect' for operation, _ in genotype.normal)
 
 
-def derive(alphas_normal, alphas_reduce):
-    """The genotype of alpha [14, 8] of both kinds of cell (arXiv 1806.09055, section 2.4).
+def edge_names() -> list[str]:
+    """Returns 'state to node' of every edge of a cell of the search space, nodes numbered as states."""
+    return [f'{state} to {2 + node}' for node in range(NODES) for state in range(2 + node)]
 
-    An edge is as strong as its strongest operation other than none, by softmax over all 8. Each node
-    keeps its two strongest edges, the stronger first, and on each the strongest operation other than
-    none; of equals the one with the lower index.
+
+def derive(alphas_normal: np.ndarray, alphas_reduce: np.ndarray) -> Genotype:
+    """Returns the genotype of alpha [14, 8] of both kinds of cell (arXiv 1806.09055, section 2.4).
+
+    The strength of an edge is the largest softmax weight among its operations other than none, with the softmax over all
+    8. Each node keeps its two strongest edges, the stronger first, and on each its strongest operation other than none.
+    With ties the lower index wins.
     """
     return Genotype(_derive_cell(alphas_normal), tuple(range(2, 2 + NODES)),
                     _derive_cell(alphas_reduce), tuple(range(2, 2 + NODES)))
 
 
-def _derive_cell(alphas):
+def _derive_cell(alphas: np.ndarray) -> tuple:
     weights = softmax(np.asarray(alphas, 'float64'))[:, 1:]          # without none
     edges = []
     for node, first in enumerate(FIRST_EDGE):

@@ -1,58 +1,67 @@
-"""The discrete network of a genotype as static programs: what is trained after a search.
+"""The discrete network of a genotype as static programs.
 
-`NetworkCIFAR` and `NetworkImageNet` differ in stem and auxiliary head. Each has a program that trains
-(statistics of the batch, drop path, auxiliary head) and one that evaluates (running statistics). All
-weights are one vector theta, all running statistics another, named as in the authors' PyTorch code.
+`NetworkCIFAR` and `NetworkImageNet` differ in stem and auxiliary head. Each has a training program (statistics of the batch,
+drop path, auxiliary head) and an evaluation program (running statistics). The weights are one vector theta, the running
+statistics another; their parts are named as in the authors' PyTorch code.
 """
+from __future__ import annotations
+
 import numpy as np
+
+import engine  # noqa: F401  before paddle
 import paddle
 import paddle.nn.functional as F
 
-import custom_ops
+from engine import custom_ops
+from engine.network import Evaluation, FlatNetwork
+from engine.parameters import FlatParameters
+from engine.programs import StaticProgram
+from genotypes import Genotype
 from operations import (BN_EPSILON, BN_MOMENTUM, BatchNorm, conv, drop_path_masks, linear, mean_of_planes, operation,
                         preprocess)
-from parameters import Evaluation, FlatNetwork, Function, Layout
 from utils import UserError
 
-AUXILIARY = 'auxiliary_head.'               # the first part of the names of its weights
+AUXILIARY = 'auxiliary_head.'               # prefix of the names of its weights
 
 
 class Cell:
-    """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W'].
+    """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W']."""
 
-    One operator where custom_ops has it, else the operators of Paddle.
-    """
-
-    def __init__(self, layout, genotype, prefix, c_prev_prev, c_prev, channels, reduction, reduction_prev):
-        self.layout, first, first_statistic = layout, len(layout.blocks), len(layout.statistics.blocks)
+    def __init__(self, layout: FlatParameters, genotype: Genotype, prefix: str, c_prev_prev: int, c_prev: int,
+                 channels: int, reduction: bool, reduction_prev: bool):
+        self.layout, first, first_statistic = layout, len(layout.groups), len(layout.statistics.groups)
         self.preprocess0 = preprocess(layout, f'{prefix}.preprocess0', c_prev_prev, channels, reduction_prev)
         self.preprocess1 = preprocess(layout, f'{prefix}.preprocess1', c_prev, channels, False)
-        last_preprocess = len(layout.blocks)
+        first_edge = len(layout.groups)
         edges, concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
                          (genotype.normal, genotype.normal_concat))
         names, self.states = zip(*edges)
         strides = [2 if reduction and state < 2 else 1 for state in self.states]
         self.operations = [operation(name, layout, f'{prefix}._ops.{n}', channels, stride)
                            for n, (name, stride) in enumerate(zip(names, strides))]
-        # Whether drop path may drop the edge.
+        # Drop path applies to all edges but identities.
         self.droppable = [name != 'skip_connect' or stride == 2 for name, stride in zip(names, strides)]
         self.concat, self.channels_out = concat, len(concat) * channels
-        self.attributes = dict(operations=names, states=self.states, concat=concat, channels=channels, reduction=reduction,
-                               reduction_prev=reduction_prev)
-        # For the operator: the weights in the order of their declaration, one tensor for each shape of kernel.
+        # For the compiled operator: its attributes, and the weights with one tensor per shape of kernels, in the order of
+        # their declaration.
+        self.attributes = dict(operations=names, states=self.states, concat=concat, channels=channels,
+                               reduction=reduction, reduction_prev=reduction_prev)
         self.weights = self.running = None
         if custom_ops.OPERATIONS.issuperset(names):
-            self.weights = list(layout.bundles(first).values())
-            self.running, = layout.statistics.bundles(first_statistic).values()
-        # Those of both sizes of pictures in the cell, for the count of multiply-adds.
+            self.weights = list(layout.fused_views(first).values())
+            self.running, = layout.statistics.fused_views(first_statistic).values()
+        # The kernels that run over images of the size of the input and of the output, for the count of multiply-adds.
         self.input_kernels, self.edge_kernels = (
-            [block for block in blocks if block.tail]
-            for blocks in (layout.blocks[first:last_preprocess], layout.blocks[last_preprocess:]))
+            [group for group in groups if group.trailing_shape]
+            for groups in (layout.groups[first:first_edge], layout.groups[first_edge:]))
 
     def __call__(self, s0, s1, masks=None):
-        """masks: None, or drop path's [N, edges other than identities, 1, 1]."""
-        if self.weights and custom_ops.enabled():
-            return self._as_one_operator(s0, s1, masks)
+        """masks: None, or the factors of drop path [N, edges other than identities, 1, 1]."""
+        fused = self.weights and custom_ops.enabled()
+        return (self.as_one_operator if fused else self.by_operations)(s0, s1, masks)
+
+    def by_operations(self, s0, s1, masks):
+        """Adds the cell to the program operation by operation."""
         masks = iter([] if masks is None else paddle.split(masks, sum(self.droppable), axis=1))
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for n, (operate, state, droppable) in enumerate(zip(self.operations, self.states, self.droppable)):
@@ -66,63 +75,67 @@ class Cell:
                 states[-1] = states[-1] + x
         return paddle.concat([states[i] for i in self.concat], axis=1)
 
-    def _as_one_operator(self, s0, s1, masks):
-        # While training the operator gives the new running statistics.
+    def as_one_operator(self, s0, s1, masks):
+        """Adds the cell to the program as one compiled operator."""
+        # While training, the operator returns the updated running statistics.
         x, self.running.tensor = custom_ops.discrete_cell(
-            s0, s1, self.running.tensor, masks, [bundle.tensor for bundle in self.weights], **self.attributes,
+            s0, s1, self.running.tensor, masks, [view.tensor for view in self.weights], **self.attributes,
             training=self.layout.training, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)
-        for blocks, image in ((self.input_kernels, s1), (self.edge_kernels, x)):
-            for block in blocks:
-                block.uses += image.shape[2] * image.shape[3]
+        for groups, image in ((self.input_kernels, s1), (self.edge_kernels, x)):
+            for group in groups:
+                group.positions += image.shape[2] * image.shape[3]
         return x
 
 
 class AuxiliaryHead:
-    """A second classifier behind the second reduction cell, for the training only (arXiv 1409.4842).
+    """A classifier after the second reduction cell, for the training only (arXiv 1409.4842).
 
-    It takes images of 8 x 8 (CIFAR, stride 3) or 7 x 7 (ImageNet, stride 2), pooled to 2 x 2.
+    Its input of 8 x 8 (CIFAR, stride 3) or 7 x 7 (ImageNet, stride 2) is pooled to 2 x 2.
     """
 
-    def __init__(self, layout, channels, classes, stride, last_norm):
+    def __init__(self, layout: FlatParameters, channels: int, classes: int, stride: int, last_norm: bool):
         self.stride = stride
         names = [f'{AUXILIARY}features.{n}' for n in (2, 3, 5, 6)]
         self.reduce = layout.declare([f'{names[0]}.weight'], [128, channels, 1, 1])
         self.reduce_norm = BatchNorm(layout, [names[1]], 128, affine=True)
-        self.spread = layout.declare([f'{names[2]}.weight'], [768, 128, 2, 2])
-        self.spread_norm = BatchNorm(layout, [names[3]], 768, affine=True) if last_norm else None
+        self.expand = layout.declare([f'{names[2]}.weight'], [768, 128, 2, 2])
+        self.expand_norm = BatchNorm(layout, [names[3]], 768, affine=True) if last_norm else None
         self.classifier = layout.declare([f'{AUXILIARY}classifier.weight'], [classes, 768])
         self.classifier_bias = layout.declare([f'{AUXILIARY}classifier.bias'], [classes], bound=768 ** -0.5)
 
     def __call__(self, x):
         x = F.avg_pool2d(F.relu(x), 5, self.stride, 0)                      # [N, C, 2, 2]
         x = F.relu(self.reduce_norm(conv(x, self.reduce)))
-        x = conv(x, self.spread)                                            # [N, 768, 1, 1]
-        x = F.relu(self.spread_norm(x) if self.spread_norm else x)
+        x = conv(x, self.expand)                                            # [N, 768, 1, 1]
+        x = F.relu(self.expand_norm(x) if self.expand_norm else x)
         return linear(paddle.flatten(x, 1), self.classifier, self.classifier_bias)
 
 
 class Network(FlatNetwork):
     """A discrete network on one device, with its weights and running statistics.
 
-    genotype: a Genotype; channels: C, of the first cell (ImageNet: behind the stem); classes; layers:
-    cells. With auxiliary (a weight, 0 for none) the loss is that of the network plus the weight times
-    that of the auxiliary head; label_smooth: the part of the label that is spread over all classes;
-    drops_paths: whether `run` takes a drop_path_prob. trained=False makes the evaluation only,
-    built=False no program at all: the names and shapes of the weights. Raises UserError for sizes that
-    cannot be built.
+    channels: C of the first cell (ImageNet: after the stem); classes: their number; layers: the number of cells.
+    auxiliary: weight of the auxiliary head's loss, which is added to that of the network; 0 for no auxiliary head.
+    label_smooth: fraction of the label that is spread over all classes.
+    use_drop_path: whether `run` applies its drop_path_prob.
+    with_training=False builds the evaluation program only; build_programs=False builds none, for names and shapes only.
+    dtype: 'float32' or 'float64'; seed: of the initial weights; image_size: height and width; place: the CPU when None.
+    Raises UserError for sizes that cannot be built.
     """
 
-    def __init__(self, genotype, channels, classes, layers, *, auxiliary=0.0, label_smooth=0.0, drops_paths=False,
-                 trained=True, built=True, dtype='float32', seed=0, image_size=None, place=None):
+    def __init__(self, genotype: Genotype, channels: int, classes: int, layers: int, *, auxiliary: float = 0.0,
+                 label_smooth: float = 0.0, use_drop_path: bool = False, with_training: bool = True,
+                 build_programs: bool = True, dtype: str = 'float32', seed: int = 0, image_size: int | None = None,
+                 place=None):
         if channels < 2 or channels % 2:
             raise UserError(f"init_channels is {channels}, but has to be even and positive: "
-                            "FactorizedReduce makes its output of two halves")
+                            "the output of FactorizedReduce consists of two halves")
         image_size = image_size or self.IMAGE_SIZE
         if image_size % self.DIVISOR:
             raise UserError(f"images of {image_size} x {image_size} cannot be halved as often as the cells do: "
                             f"the size has to be a multiple of {self.DIVISOR}")
-        super().__init__(classes, image_size, Layout(running_statistics=True))
-        self.auxiliary, self.label_smooth, self.drops_paths = auxiliary, label_smooth, drops_paths
+        super().__init__(classes, image_size, FlatParameters(running_statistics=True))
+        self.auxiliary, self.label_smooth, self.use_drop_path = auxiliary, label_smooth, use_drop_path
         c_prev_prev, c_prev, reduction_prev = self._declare_stem(channels)
         self.cells, self.auxiliary_head = [], None
         for i in range(layers):
@@ -133,38 +146,38 @@ class Network(FlatNetwork):
             self.cells.append(cell)
             c_prev_prev, c_prev, reduction_prev = c_prev, cell.channels_out, reduction
         self.auxiliary_after = 2 * layers // 3
-        if auxiliary and trained:
+        if auxiliary and with_training:
             self._check_auxiliary(layers)
             self.auxiliary_head = AuxiliaryHead(self.layout, self.cells[self.auxiliary_after].channels_out, classes,
                                                 *self.AUXILIARY_HEAD)
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
-        self._place(place, dtype, np.random.default_rng(seed))
-        if trained and built:
-            self._run = Function(self.store, self._build_training)
-        if built:
-            self._evaluate = Function(self.store, self._build_evaluation)
+        self._allocate(place, dtype, np.random.default_rng(seed))
+        if with_training and build_programs:
+            self._run = StaticProgram(self.store, self._build_training)
+        if build_programs:
+            self._evaluate = StaticProgram(self.store, self._build_evaluation)
 
-    def _check_auxiliary(self, layers):
+    def _check_auxiliary(self, layers: int) -> None:
         size, reductions = self.image_size // self.STEM_STRIDE, len({layers // 3, 2 * layers // 3})
         stride, _ = self.AUXILIARY_HEAD
         if (size // 2 ** reductions - 5) // stride != 1:
             raise UserError(f"with --layers {layers} and images of {self.image_size} x {self.image_size} the auxiliary "
                             f"head gets {size // 2 ** reductions} x {size // 2 ** reductions} and cannot be built: "
-                            "take 2 layers or more, or --auxiliary False")
+                            "use 2 layers or more, or --auxiliary False")
 
     @property
-    def param_count(self):
+    def param_count(self) -> int:
         """The number of weights without the auxiliary head."""
         return self.layout.count(without=AUXILIARY)
 
     @property
-    def multiply_adds(self):
+    def multiply_adds(self) -> int:
         """Multiply-adds of convolutions and classifier for one image, without the auxiliary head."""
         return self.layout.multiply_adds(without=AUXILIARY)
 
-    def _build_training(self):
-        """The program of a training step: gradient and running statistics, -> [loss, top-1, top-5]."""
+    def _build_training(self) -> list:
+        """Builds the training program: gradient, running statistics; returns [loss, top-1, top-5]."""
         images, labels = self._inputs()
         theta = self.store.variable('theta', trainable=True)
         self._unpack(theta, training=True)
@@ -178,22 +191,21 @@ class Network(FlatNetwork):
         self.store.assign('statistics', self.layout.statistics.pack())
         return [loss, *self._accuracies(logits, labels)]
 
-    def _build_evaluation(self):
-        """The program of an evaluation, -> [loss, top-1, top-5, logits]."""
+    def _build_evaluation(self) -> list:
+        """Builds the evaluation program; returns [loss, top-1, top-5, logits]."""
         images, labels = self._inputs()
         self._unpack(self.store.variable('theta'), training=False)
         logits, _ = self._logits(images)
         return [F.cross_entropy(logits, labels), *self._accuracies(logits, labels), logits]
 
-    def _unpack(self, theta, training):
+    def _unpack(self, theta, training: bool) -> None:
         self.layout.training = training
-        bundled = custom_ops.enabled()
-        self.layout.unpack(theta, bundled)
-        self.layout.statistics.unpack(self.store.variable('statistics'), bundled)
+        self.layout.unpack(theta, fused=custom_ops.enabled())
+        self.layout.statistics.unpack(self.store.variable('statistics'), fused=custom_ops.enabled())
 
     def _drop_path(self, images):
-        """The masks of each cell's edges that may be dropped; Nones when paths are not dropped."""
-        if not self.drops_paths:
+        """Returns the masks of the droppable edges of each cell; None for each cell without drop path."""
+        if not self.use_drop_path:
             return [None] * len(self.cells)
         counts = [sum(cell.droppable) for cell in self.cells]            # 0 for a cell of identities
         masks = drop_path_masks(paddle.shape(images)[0], sum(counts), self.store.input('keep', [1]))
@@ -201,7 +213,7 @@ class Network(FlatNetwork):
         return [next(parts) if count else None for count in counts]
 
     def _logits(self, images, masks=None):
-        """-> logits [N, classes], and those of the auxiliary head while training (else None). masks: of each cell."""
+        """Returns logits [N, classes], and those of the auxiliary head while training, otherwise None."""
         s0, s1 = self._stem(images)
         auxiliary_logits = None
         for i, (cell, mask) in enumerate(zip(self.cells, masks or [None] * len(self.cells))):
@@ -211,35 +223,35 @@ class Network(FlatNetwork):
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias), auxiliary_logits
 
     def _smoothed_loss(self, logits, labels):
-        """Cross entropy against (1 - e) one_hot + e / classes (arXiv 1512.00567, section 7)."""
+        """Returns the cross entropy with (1 - e) one_hot + e / classes, e = label_smooth (arXiv 1512.00567, section 7)."""
         if not self.label_smooth:
             return F.cross_entropy(logits, labels)
         targets = F.one_hot(paddle.flatten(labels), self.classes).astype(logits.dtype)
         return F.cross_entropy(logits, F.label_smooth(targets, epsilon=self.label_smooth), soft_label=True)
 
-    def run(self, feed, drop_path_prob=0.0, seed=0):
-        """Loss (with the auxiliary head's) and accuracies of a training batch from `feed`.
+    def run(self, feed: dict, drop_path_prob: float = 0.0, seed: int = 0) -> Evaluation:
+        """Returns loss (with the auxiliary head's) and accuracies of a training batch from `feed`.
 
-        The gradient stays on the device, the running statistics are updated. seed: of the masks of drop path.
+        Leaves the gradient on the device and updates the running statistics. seed: of the masks of drop path.
         """
-        if self.drops_paths:
+        if self.use_drop_path:
             paddle.seed(seed)
             feed = dict(feed, keep=np.array([1 - drop_path_prob], self.store.dtype))
         return Evaluation(*map(float, self._run(**feed)))
 
-    def evaluate(self, images, labels):
-        """Mean loss, top-1 and top-5 accuracy (fractions) of a batch, by running statistics."""
+    def evaluate(self, images: np.ndarray, labels: np.ndarray) -> Evaluation:
+        """Returns mean loss, top-1 and top-5 accuracy (fractions) of a batch, with running statistics."""
         return Evaluation(*map(float, self._evaluate(**self.feed(images, labels))[:3]))
 
-    def logits(self, images):
-        """Logits [N, classes] of images [N, 3, H, W], by running statistics."""
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the logits [N, classes] of images [N, 3, H, W], with running statistics."""
         return self._evaluate(**self.feed(images, np.zeros(len(images))))[3]
 
-    def load_weights(self, weights):
+    def load_weights(self, weights: dict[str, np.ndarray]) -> None:
         """Sets all weights and running statistics from {name: array}.
 
-        The auxiliary head alone may be missing (it keeps its weights) or be too much (it is left out).
-        Raises UserError naming what else is missing or unknown, or has a wrong shape.
+        An auxiliary head that is missing there keeps its weights; one that this network lacks is ignored. Raises UserError
+        for any other weight that is missing, unknown or of a wrong shape.
         """
         if not self.auxiliary_head:
             weights = {name: array for name, array in weights.items() if not name.startswith(AUXILIARY)}
@@ -247,13 +259,13 @@ class Network(FlatNetwork):
         self.check_complete(weights, without=() if has_auxiliary else AUXILIARY)
         self.set_weights(weights)
 
-    def export(self, path):
+    def export(self, path: str) -> None:
         """Writes the network to path.* in Paddle's format for inference: images [N, 3, H, W] -> logits.
 
-        Its weights are parameters of their own there, under their names, and N is free.
+        Each weight is a parameter with its name there, and N is free.
         """
         program, scope = paddle.static.Program(), paddle.static.Scope()
-        with custom_ops.without(), paddle.static.scope_guard(scope), \
+        with custom_ops.disabled(), paddle.static.scope_guard(scope), \
                 paddle.static.program_guard(program, paddle.static.Program()):
             images = paddle.static.data('images', [None, 3, self.image_size, self.image_size], 'float32')
             self.layout.training = False
@@ -272,8 +284,8 @@ class NetworkCIFAR(Network):
     IMAGE_SIZE, DIVISOR, STEM_STRIDE = 32, 4, 1
     AUXILIARY_HEAD = (3, True)              # stride of its pool, whether it has the last BN
 
-    def _declare_stem(self, channels):
-        """-> channels of s0 and s1, and whether the first cell has to reduce s0."""
+    def _declare_stem(self, channels: int) -> tuple[int, int, bool]:
+        """Declares the stem; returns the channels of s0 and s1, and whether the first cell has to reduce s0."""
         self.stem = self.layout.declare(['stem.0.weight'], [3 * channels, 3, 3, 3])
         self.stem_norm = BatchNorm(self.layout, ['stem.1'], 3 * channels, affine=True)
         return 3 * channels, 3 * channels, False
@@ -289,7 +301,7 @@ class NetworkImageNet(Network):
     IMAGE_SIZE, DIVISOR, STEM_STRIDE = 224, 32, 8
     AUXILIARY_HEAD = (2, False)
 
-    def _declare_stem(self, channels):
+    def _declare_stem(self, channels: int) -> tuple[int, int, bool]:
         layout = self.layout
         self.stem = [layout.declare([f'{name}.weight'], [c_out, c_in, 3, 3]) for name, c_in, c_out in (
             ('stem0.0', 3, channels // 2), ('stem0.3', channels // 2, channels), ('stem1.1', channels, channels))]
@@ -298,7 +310,7 @@ class NetworkImageNet(Network):
         return channels, channels, True
 
     def _stem(self, images):
-        """-> s0 [N, C, H / 4, W / 4], s1 [N, C, H / 8, W / 8]."""
+        """Returns s0 [N, C, H / 4, W / 4] and s1 [N, C, H / 8, W / 8]."""
         x, outputs = images, []
         for number, (weight, norm) in enumerate(zip(self.stem, self.stem_norms)):
             x = norm(conv(F.relu(x) if number else x, weight, stride=2, padding=1))
@@ -306,13 +318,13 @@ class NetworkImageNet(Network):
         return outputs[1], outputs[2]
 
 
-def network_of(genotype, weights, **settings):
-    """The network of a genotype that has the weights {name: array}, with these weights.
+def network_of(genotype: Genotype, weights: dict[str, np.ndarray], **settings) -> Network:
+    """Returns the network of a genotype with the weights {name: array}.
 
-    Kind of network, channels, classes, cells and the auxiliary head are read from the weights. settings:
-    of Network. Raises UserError for weights that are missing, unknown or wrongly shaped.
+    Kind of network, channels, classes, cells and auxiliary head follow from names and shapes of the weights. settings: of
+    Network. Raises UserError for weights that are missing, unknown or of a wrong shape.
     """
-    def shape(name, dimensions):
+    def shape(name: str, dimensions: int) -> tuple:
         if name not in weights:
             raise UserError(f"weight {name!r} is missing")
         if np.ndim(weights[name]) != dimensions or not np.size(weights[name]):

@@ -1,90 +1,97 @@
 """The operations of the search space as builders of static graphs.
 
-Every class here declares its weights when it is made and builds its operators when it is called. It
-stands for n edges at once: `prefixes` names them, its input is [N, n * C, H, W] with edge e in the
-channels e * C to (e + 1) * C, and its output is laid out alike. The supernet batches all edges that
-leave a state this way; a discrete network has n = 1 (see `operation`). It is the same function as n
-separate operations, in a fraction of the operators: a depthwise convolution and a batch normalisation
-treat every channel on its own, and a pointwise convolution becomes a grouped one.
+A class declares its weights when it is created and adds its operators to the program under construction when it is called.
+It computes n edges at once: `prefixes` are the names of the edges, the input is [N, n * C, H, W] with edge e in the channels
+e * C to (e + 1) * C, and the output has the same layout. The supernet batches all edges that leave a state; a discrete
+network has n = 1 (see `operation`). The result is that of n separate operations, in a fraction of the operators: depthwise
+convolution and batch normalisation treat every channel separately, and a pointwise convolution becomes a grouped one.
 """
-import functools
+from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
+import engine  # noqa: F401  before paddle
 import paddle
 import paddle.nn.functional as F
 
-from parameters import constant
+from engine.parameters import FlatParameters, ParameterGroup
+from engine.programs import constant
 
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9                # of running statistics, in Paddle's sense: the part that is kept
 
 
-def conv(x, weight, stride=1, padding=0, dilation=1, groups=1):
-    """x [N, C, H, W], weight a Block of [out, C / groups, k, k]; no bias."""
+def conv(x, weight: ParameterGroup, stride=1, padding=0, dilation=1, groups=1):
+    """Returns the convolution of x [N, C, H, W] with weight [out, C / groups, k, k], without bias."""
     x = F.conv2d(x, weight.tensor, None, stride, padding, dilation, groups)
-    weight.uses += x.shape[2] * x.shape[3]
+    weight.positions += x.shape[2] * x.shape[3]
     return x
 
 
-def linear(x, weight, bias):
-    """x [N, features], weight and bias Blocks of [classes, features] and [classes] -> [N, classes]."""
-    weight.uses += 1
+def linear(x, weight: ParameterGroup, bias: ParameterGroup):
+    """Returns x [N, features] @ weight [classes, features]^T + bias [classes]."""
+    weight.positions += 1
     return paddle.matmul(x, weight.tensor, transpose_y=True) + bias.tensor
 
 
 def mean_of_planes(x):
-    """x [N, C, H, W] -> [N, C]. Over one axis: Paddle's CPU gradient of a mean over two takes ten times as long."""
+    """Averages x [N, C, H, W] over the image, to [N, C].
+
+    Over one flattened axis: Paddle's CPU gradient of a mean over two axes takes ten times as long.
+    """
     return paddle.mean(paddle.flatten(x, 2), axis=2)
 
 
 class States:
-    """States side by side, [N, C, H, W], in front of operations that begin with a ReLU.
+    """States side by side, [N, C, H, W], as input of operations that begin with a ReLU.
 
-    copies: how many edges leave each of them; the edges are numbered copy by copy.
+    copies: the number of edges that leave each state; the edges are numbered copy by copy.
     """
 
-    def __init__(self, x, copies=1):
+    def __init__(self, x, copies: int = 1):
         self.x, self.copies = x, copies
 
     @functools.cached_property
     def rectified(self):
-        """The input of all edges: [N, copies * C, H, W], made once a program."""
+        """The input of all edges, [N, copies * C, H, W], shared by the operations."""
         x = F.relu(self.x)
         return paddle.tile(x, [1, self.copies, 1, 1]) if self.copies > 1 else x
 
 
-def max_pool(x, stride):
+def max_pool(x, stride: int):
     return F.max_pool2d(x, 3, stride, 1)
 
 
-def avg_pool(x, stride):
+def avg_pool(x, stride: int):
     return F.avg_pool2d(x, 3, stride, 1, exclusive=True)  # padding is not counted
 
 
 def batch_norm(x, scale=None, shift=None):
     """Normalises x [N, C, H, W] by the statistics of the batch (arXiv 1502.03167).
 
-    scale, shift: variables [C]; without a scale neither is applied. A scale without a shift is how
-    the weights of a mixed operation are multiplied in: softmax(alpha) * BN(x) costs nothing more.
+    scale, shift: variables [C]; without a scale neither is applied. The supernet passes softmax(alpha) as scale, without a
+    shift: softmax(alpha) * BN(x) needs no operator of its own.
     """
     channels = x.shape[1]
-    # Paddle wants a scale and a shift, and both or neither with gradients.
+    # Paddle requires a scale and a shift, and both or neither with gradients.
     if scale is None:
         scale, shift = constant([channels], 1.0, x.dtype), constant([channels], 0.0, x.dtype)
     elif shift is None:
         shift = constant([channels], 0.0, x.dtype, trainable=True)
-    # Running statistics are an input that cannot be left out; momentum 1 keeps these as they are.
+    # The input of running statistics cannot be omitted; momentum 1 leaves them unchanged.
     mean, variance = constant([channels], 0.0, x.dtype), constant([channels], 1.0, x.dtype)
     return F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=1.0, epsilon=BN_EPSILON)
 
 
 class BatchNorm:
-    """Batch normalisation of n edges of C channels; affine: with a scale and a shift to be trained.
+    """Batch normalisation of n edges of C channels; affine: with a trained scale and shift.
 
-    Where the layout keeps running statistics, a program for training updates them and any other
-    normalises by them; elsewhere it is always the statistics of the batch.
+    If the layout has running statistics, a program for training updates them and any other program normalises by them;
+    otherwise the statistics of the batch are used.
     """
 
-    def __init__(self, layout, prefixes, channels, affine):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, affine: bool):
         self.layout, self.scale, self.mean = layout, None, None
         if affine:
             self.scale = layout.declare([f'{p}.weight' for p in prefixes], [channels], value=1.0)
@@ -95,7 +102,7 @@ class BatchNorm:
 
     def __call__(self, x, scale=None):
         if self.mean is not None:
-            # While training, the operator writes the new statistics over the tensors that it is given.
+            # While training, the operator overwrites the running statistics that it is given.
             return F.batch_norm(x, self.mean.tensor, self.variance.tensor, self.scale.tensor, self.shift.tensor,
                                 training=self.layout.training, momentum=BN_MOMENTUM, epsilon=BN_EPSILON)
         if self.scale is not None:
@@ -104,15 +111,15 @@ class BatchNorm:
 
 
 class ReLUConvBN:
-    """ReLU, convolution 1x1 from c_in to c_out channels, BN: brings a cell's input to its width."""
+    """ReLU, 1x1 convolution from c_in to c_out channels, BN: the preprocessing of a cell's input."""
 
-    def __init__(self, layout, prefixes, c_in, c_out, affine):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], c_in: int, c_out: int, affine: bool):
         self.groups = len(prefixes)
         self.weight = layout.declare([f'{p}.op.1.weight' for p in prefixes], [c_out, c_in, 1, 1])
         self.norm = BatchNorm(layout, [f'{p}.op.2' for p in prefixes], c_out, affine)
 
     def convolve(self, x):
-        """All but the BN."""
+        """Returns the result before the BN."""
         return conv(F.relu(x), self.weight, groups=self.groups)
 
     def __call__(self, x):
@@ -122,18 +129,18 @@ class ReLUConvBN:
 class FactorizedReduce:
     """ReLU, two convolutions 1x1 with stride 2 on grids one pixel apart, side by side, BN.
 
-    Halves height and width ([N, n * c_in, H, W] -> [N, n * c_out, H / 2, W / 2]) and looks at half
-    of the pixels where a single convolution with stride 2 would look at a quarter.
+    Halves height and width, [N, n * c_in, H, W] -> [N, n * c_out, H / 2, W / 2], and reads half of the pixels, where a
+    single convolution with stride 2 would read a quarter.
     """
 
-    def __init__(self, layout, prefixes, c_in, c_out, affine):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], c_in: int, c_out: int, affine: bool):
         self.edges, self.c_half = len(prefixes), c_out // 2
         self.first = layout.declare([f'{p}.conv_1.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
         self.second = layout.declare([f'{p}.conv_2.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
         self.norm = BatchNorm(layout, [f'{p}.bn' for p in prefixes], c_out, affine)
 
     def convolve(self, x):
-        """All but the BN; x may be rectified already: a second ReLU is no change."""
+        """Returns the result before the BN; a second ReLU on a rectified x changes nothing."""
         x = F.relu(x)
         first = conv(x, self.first, stride=2, groups=self.edges)
         second = conv(x[:, :, 1:, 1:], self.second, stride=2, groups=self.edges)
@@ -151,8 +158,9 @@ class FactorizedReduce:
 class SeparableConv:
     """ReLU, depthwise k x k, pointwise, BN, on `States`."""
 
-    def __init__(self, layout, prefixes, channels, kernel, stride, affine, dilation, first):
-        """first: the number of the depthwise convolution in the names of the authors' code."""
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, kernel: int, stride: int,
+                 affine: bool, dilation: int, first: int):
+        """first: index of the depthwise convolution in the parameter names of the authors' code."""
         self.edges, self.channels = len(prefixes), channels
         self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel // 2)
         self.depthwise = layout.declare(
@@ -162,7 +170,7 @@ class SeparableConv:
         self.norm = BatchNorm(layout, [f'{p}.op.{first + 2}' for p in prefixes], channels, affine)
 
     def convolve(self, states):
-        """All but the BN."""
+        """Returns the result before the BN."""
         groups = self.edges * self.channels
         x = conv(states.rectified, self.depthwise, self.stride, self.padding, self.dilation, groups)
         return conv(x, self.pointwise, groups=self.edges)
@@ -174,14 +182,16 @@ class SeparableConv:
 class DilConv(SeparableConv):
     """A separable convolution with dilation 2."""
 
-    def __init__(self, layout, prefixes, channels, kernel, stride, affine):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, kernel: int, stride: int,
+                 affine: bool):
         super().__init__(layout, prefixes, channels, kernel, stride, affine, dilation=2, first=1)
 
 
 class SepConv:
     """Two separable convolutions, the second with stride 1."""
 
-    def __init__(self, layout, prefixes, channels, kernel, stride, affine):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, kernel: int, stride: int,
+                 affine: bool):
         self.first = SeparableConv(layout, prefixes, channels, kernel, stride, affine, dilation=1, first=1)
         self.second = SeparableConv(layout, prefixes, channels, kernel, 1, affine, dilation=1, first=5)
 
@@ -192,7 +202,7 @@ class SepConv:
 class Conv7x1_1x7:
     """ReLU, convolutions 1 x 7 and 7 x 1, BN, on `States`: an operation of AmoebaNet (arXiv 1802.01548)."""
 
-    def __init__(self, layout, prefixes, channels, stride, affine):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, stride: int, affine: bool):
         self.edges, self.stride = len(prefixes), stride
         self.row = layout.declare([f'{p}.1.weight' for p in prefixes], [channels, channels, 1, 7])
         self.column = layout.declare([f'{p}.2.weight' for p in prefixes], [channels, channels, 7, 1])
@@ -203,9 +213,11 @@ class Conv7x1_1x7:
         return self.norm(conv(x, self.column, [self.stride, 1], [3, 0], groups=self.edges), scale)
 
 
-def operation(name, layout, prefix, channels, stride):
-    """The operation `name` on one edge of a discrete network: a function of x [N, C, H, W] -> the same shape
-    (stride 2: half of it); every BN has a scale and a shift."""
+def operation(name: str, layout: FlatParameters, prefix: str, channels: int, stride: int) -> Callable:
+    """Returns the operation `name` on one edge of a discrete network, a function of x [N, C, H, W].
+
+    The result has the shape of x, with stride 2 half its height and width. Every BN has a scale and a shift.
+    """
     if name in ('max_pool_3x3', 'avg_pool_3x3'):
         pool = max_pool if name == 'max_pool_3x3' else avg_pool
         return lambda x: pool(x, stride)
@@ -220,18 +232,21 @@ def operation(name, layout, prefix, channels, stride):
     return lambda x: convolve(States(x))
 
 
-def preprocess(layout, prefix, c_in, c_out, reduction_prev):
-    """What brings an input of a discrete network's cell to its width and, behind a reduction cell, s0 to its size."""
+def preprocess(layout: FlatParameters, prefix: str, c_in: int, c_out: int, reduction_prev: bool) -> Callable:
+    """Returns the preprocessing of an input of a discrete network's cell, from c_in to c_out channels.
+
+    reduction_prev: whether it halves height and width too, as s0 needs it after a reduction cell.
+    """
     if reduction_prev:
         return FactorizedReduce(layout, [prefix], c_in, c_out, affine=True)
     return ReLUConvBN(layout, [prefix], c_in, c_out, affine=True)
 
 
-def drop_path_masks(count, edges, keep):
-    """What drop path (arXiv 1605.07648) multiplies the outputs of edges by: a variable [count, edges, 1, 1].
+def drop_path_masks(count, edges: int, keep):
+    """Returns the factors of edges in drop path (arXiv 1605.07648): a variable [count, edges, 1, 1].
 
-    An element is 1 / keep with probability keep, else 0: the expectation of a product is the factor. keep
-    is a variable [1]. The masks are drawn on the device from the generator that paddle.seed sets.
+    An element is 1 / keep with probability keep, otherwise 0, so its expectation is 1. keep is a variable [1]. The masks
+    are drawn on the device from the generator that paddle.seed sets.
     """
     uniform = paddle.uniform([count, edges, 1, 1], dtype=keep.dtype, min=0.0, max=1.0)
     return (uniform < keep).astype(keep.dtype) / keep

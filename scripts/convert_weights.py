@@ -21,7 +21,7 @@ import utils                       # before paddle: it quiets what paddle says w
 import numpy as np
 
 import genotypes
-import trainer
+from engine import checkpoint, trainer
 from model import network_of
 from model_search import Supernet
 from utils import UserError
@@ -58,7 +58,7 @@ def to_state_dict(weights):
 
 def check_discrete(genotype, weights):
     """The weights of a discrete network, complete and in its order; UserError if they do not fit."""
-    return network_of(genotype, weights, built=False).weights()
+    return network_of(genotype, weights, build_programs=False).weights()
 
 
 def check_supernet(weights):
@@ -71,7 +71,7 @@ def check_supernet(weights):
         if np.ndim(weights.get(name)) != dimensions:
             raise UserError(f"weight {name!r} is missing or has not {dimensions} dimensions")
     layers = len({name.split('.')[1] for name in weights if name.startswith('cells.')})
-    supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers, built=False)
+    supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers, build_programs=False)
     supernet.load_weights(weights)
     return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
 
@@ -79,7 +79,7 @@ def check_supernet(weights):
 def read_supernet(path):
     """{name: array} of an .npz with a supernet's weights, or of a checkpoint of the search."""
     try:
-        about, arrays = trainer.read_arrays(path)
+        about, arrays = checkpoint.read_arrays(path)
     except ValueError as error:
         raise UserError(f"{path} holds no weights: {error}") from None
     if 'theta' not in arrays:
@@ -89,7 +89,7 @@ def read_supernet(path):
         # The pointwise convolutions alone are 84 C^2 a cell: do not reserve memory for a supernet that is not there.
         if 84 * layers * channels ** 2 + classes * channels > arrays['theta'].size:
             raise ValueError("its settings are those of a larger supernet")
-        supernet = Supernet(channels, classes, layers, built=False)
+        supernet = Supernet(channels, classes, layers, build_programs=False)
         for name in ('theta', 'alphas'):
             if arrays[name].shape != supernet.store.get(name).shape:
                 raise ValueError(f"{name} has shape {list(arrays[name].shape)}")
@@ -138,7 +138,7 @@ def _verified(path):
 
     torch does not look at them, and finds in a damaged directory of a zip other content than was verified.
     """
-    trainer.verify_zip(path)
+    checkpoint.verify_zip(path)
     packed = io.BytesIO()
     with zipfile.ZipFile(path) as file, zipfile.ZipFile(packed, 'w') as copy:
         for member in file.infolist():
@@ -166,8 +166,8 @@ def convert(source, target, arch, supernet):
     if supernet and source.endswith('.npz'):
         weights = read_supernet(source)
     elif source.endswith('.npz'):
-        about, weights = trainer.read_weights(source)
-        trainer.genotype_of(source, about, arch)
+        about, weights = checkpoint.read_weights(source)
+        genotypes.of_weights(source, about, arch)
     else:
         weights = read_state_dict(source)
         if genotype:
@@ -179,7 +179,7 @@ def convert(source, target, arch, supernet):
     except UserError as error:
         raise UserError(f"{source} does not fit {'a supernet' if supernet else arch}: {error}") from None
     if target.endswith('.npz'):
-        utils.write_file(target, lambda file: trainer.write_arrays(file, about, weights))
+        utils.write_file(target, lambda file: checkpoint.write_arrays(file, about, weights))
     else:
         write_state_dict(target, to_state_dict(weights))
     return weights

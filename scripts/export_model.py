@@ -20,7 +20,7 @@ import paddle
 
 import imagenet_reader
 import reader
-import trainer
+from engine import checkpoint, trainer
 from model import NetworkImageNet, network_of
 from predict import DESCRIPTION, PROGRAM, Predictor
 from utils import UserError
@@ -85,10 +85,10 @@ def main():
     add('--class_names', metavar='FILE', help='a line for each class (those of the data set)')
     args = parser.parse_args()
 
-    about, weights = trainer.read_weights(args.pretrained)
-    genotype = trainer.genotype_of(args.pretrained, about, args.arch)
+    about, weights = checkpoint.read_weights(args.pretrained)
+    genotype = genotypes.of_weights(args.pretrained, about, args.arch)
     try:
-        network = network_of(genotype, weights, trained=False)
+        network = network_of(genotype, weights, with_training=False)
     except UserError as error:
         raise UserError(f"{args.pretrained} does not fit {args.arch or 'its genotype'}: {error}") from None
     names = read_class_names(args.class_names) if args.class_names else None

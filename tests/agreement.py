@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-from plain_discrete import STATISTICS
+from reference.discrete import STATISTICS
 
 TOLERANCE = 1e-9
 

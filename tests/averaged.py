@@ -12,10 +12,10 @@ import utils  # noqa: F401
 import numpy as np
 import paddle
 
-import distributed
+from engine import distributed
 from architect import Architect
 from model_search import Supernet
-from parameters import MomentumSGD
+from engine.optimizers import MomentumSGD
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.3, 0.9, 3e-4
 
@@ -49,7 +49,7 @@ def main():
         architect = Architect(net, MomentumSGD(net.store, MOMENTUM, WEIGHT_DECAY, 5.0), unrolled=unrolled)
         net.store.set('velocity', velocity(net))
         before = net.store.get('theta')
-        architect.step(*batches(distributed.rank, distributed.processes), lr=LR)
+        architect.step(*batches(distributed.rank, distributed.world_size), lr=LR)
         assert np.array_equal(net.store.get('theta'), before)
         results[f'{unrolled}'] = np.stack(list(architect.alpha_gradients().values()))
         results[f'alphas {unrolled}'] = net.store.get('alphas')

@@ -13,8 +13,8 @@ import utils
 import numpy as np
 import paddle
 
-import distributed
-import trainer
+from engine import distributed
+from engine import checkpoint, trainer
 
 VECTORS = ('theta', 'velocity', 'statistics', 'alphas', 'adam_mean', 'adam_variance', 'gradient', 'd_alpha')
 

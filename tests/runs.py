@@ -7,7 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import trainer
+from engine import checkpoint, trainer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -100,6 +100,6 @@ def checkpoint_names(folder):
 def checkpoint(folder):
     """What the last checkpoint of a folder holds, with what time alone decides taken out."""
     name = checkpoint_names(folder)[-1]
-    about, state = trainer.read_checkpoint(os.path.join(folder, name))
+    about, state = checkpoint.read_checkpoint(os.path.join(folder, name))
     about['meter'].pop('seconds')
     return name, about, {key: array.tobytes() for key, array in state.items()}

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 
 import architect as architect_module
-import plain
+from reference import supernet as plain
 from architect import Architect
 from model_search import Supernet
-from parameters import MomentumSGD
+from engine.optimizers import MomentumSGD
 
 XI, MU, LAMBDA, CLIP = 0.2, 0.9, 3e-2, 5.0
 

@@ -13,12 +13,12 @@ import pytest
 
 import convert_weights
 import genotypes
-import trainer
+from engine import checkpoint, trainer
 from architect import Architect
 from convert_weights import convert
 from model import NetworkCIFAR, NetworkImageNet, network_of
 from model_search import Supernet
-from parameters import MomentumSGD
+from engine.optimizers import MomentumSGD
 from runs import assert_one_line, run, run_well
 from utils import UserError
 
@@ -35,13 +35,13 @@ def torch():
 @pytest.fixture
 def networks(torch):
     """The module of the PyTorch networks."""
-    import pytorch_networks
-    return pytorch_networks
+    import reference.pytorch
+    return reference.pytorch
 
 
 def write_npz(path, weights, about=None):
     with open(path, 'wb') as file:
-        trainer.write_arrays(file, about or {}, weights)
+        checkpoint.write_arrays(file, about or {}, weights)
     return str(path)
 
 
@@ -105,9 +105,9 @@ def logits_of(torch, network, images):
 
 def load(path, arch, kind, **settings):
     """The network here that an .npz describes, for evaluation."""
-    about, weights = trainer.read_weights(str(path))
+    about, weights = checkpoint.read_weights(str(path))
     assert genotypes.check(about['genotype']) == genotypes.GENOTYPES[arch]
-    network = network_of(genotypes.GENOTYPES[arch], weights, trained=False, image_size=SIZE[kind], **settings)
+    network = network_of(genotypes.GENOTYPES[arch], weights, with_training=False, image_size=SIZE[kind], **settings)
     assert type(network) is {'CIFAR': NetworkCIFAR, 'ImageNet': NetworkImageNet}[kind]
     return network
 
@@ -118,7 +118,7 @@ def test_a_network_of_pytorch_gives_the_same_logits_here(tmp_path, networks, tor
     source, target = str(tmp_path / 'source.pt'), str(tmp_path / 'target.npz')
     torch.save(theirs.state_dict(), source)
     convert(source, target, arch, False)
-    assert same(trainer.read_weights(target)[1], numpy_of(theirs.state_dict()))
+    assert same(checkpoint.read_weights(target)[1], numpy_of(theirs.state_dict()))
     network, images = load(target, arch, kind), images_for(kind)
     assert (network.classes, len(network.cells)) == (CLASSES, cells)
     expected = logits_of(torch, theirs, images)
@@ -137,19 +137,19 @@ def test_a_network_of_pytorch_gives_the_same_logits_here(tmp_path, networks, tor
 def test_a_network_of_here_gives_the_same_logits_in_pytorch(tmp_path, networks, torch, arch, kind, cells, auxiliary):
     genotype, rng = genotypes.GENOTYPES[arch], np.random.default_rng(2)
     make = {'CIFAR': NetworkCIFAR, 'ImageNet': NetworkImageNet}[kind]
-    names = make(genotype, CHANNELS, CLASSES, cells, auxiliary=float(auxiliary), built=False)
+    names = make(genotype, CHANNELS, CLASSES, cells, auxiliary=float(auxiliary), build_programs=False)
     weights = scrambled(names.weights(), rng)
     source, target = write_npz(tmp_path / 'source.npz', weights), str(tmp_path / 'target.pt')
     convert(source, target, arch, False)
     theirs = getattr(networks, f'Network{kind}')(genotype, CHANNELS, CLASSES, cells, auxiliary)
     theirs.load_state_dict(torch.load(target, weights_only=True), strict=True)
-    ours = network_of(genotype, weights, trained=False, image_size=SIZE[kind])
+    ours = network_of(genotype, weights, with_training=False, image_size=SIZE[kind])
     images = images_for(kind)
     assert relative(logits_of(torch, theirs.eval(), images), ours.logits(images)) < EXACT
 
     back = str(tmp_path / 'back.npz')
     convert(target, back, arch, False)
-    assert same(trainer.read_weights(back)[1], weights)
+    assert same(checkpoint.read_weights(back)[1], weights)
 
 
 def scrambled(weights, rng):
@@ -171,7 +171,7 @@ def test_the_auxiliary_head_too_computes_the_same(tmp_path, networks, torch, arc
     source, target = str(tmp_path / 'source.pt'), str(tmp_path / 'target.npz')
     torch.save(theirs.state_dict(), source)
     convert(source, target, arch, False)
-    network = network_of(genotypes.GENOTYPES[arch], trainer.read_weights(target)[1])
+    network = network_of(genotypes.GENOTYPES[arch], checkpoint.read_weights(target)[1])
     images, labels = images_for('CIFAR', 6), np.arange(6) % CLASSES
     both = theirs.train()(torch.from_numpy(images))
     losses = [torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item() for logits in both]
@@ -191,7 +191,7 @@ def test_the_forms_in_which_state_dicts_are_published(tmp_path, networks, torch,
     source, target = str(tmp_path / 'source.pt'), str(tmp_path / 'target.npz')
     torch.save(wrap(theirs.state_dict()), source)
     convert(source, target, 'DARTS_PADDLE', False)
-    assert same(trainer.read_weights(target)[1], numpy_of(theirs.state_dict()))
+    assert same(checkpoint.read_weights(target)[1], numpy_of(theirs.state_dict()))
     images = images_for('CIFAR')
     found = load(target, 'DARTS_PADDLE', 'CIFAR').logits(images)
     assert relative(found, logits_of(torch, theirs, images)) < EXACT
@@ -210,7 +210,7 @@ def test_other_types_of_tensors(tmp_path, networks, torch):
     source, target = str(tmp_path / 'source.pt'), str(tmp_path / 'target.npz')
     torch.save(state_dict, source)
     convert(source, target, 'DARTS_PADDLE', False)
-    assert same(trainer.read_weights(target)[1], expected)
+    assert same(checkpoint.read_weights(target)[1], expected)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def supernets(networks, torch, tmp_path, layers, dtype):
     for source in (weights, everything):                            # without alpha it keeps its own
         before = ours.alphas()
         convert(source, target, None, True)
-        ours.load_weights(trainer.read_weights(target)[1])
+        ours.load_weights(checkpoint.read_weights(target)[1])
         changed = not np.array_equal(before['alphas_reduce'], ours.alphas()['alphas_reduce'])
         assert changed == (source == everything)
     return theirs, ours
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_the_search_for_pytorch_and_back(tmp_path, networks, tor
     back = str(tmp_path / 'back.npz')
     convert(target, back, None, True)
     everything = dict(ours.weights(), **ours.alphas())
-    assert same(trainer.read_weights(back)[1], everything)
+    assert same(checkpoint.read_weights(back)[1], everything)
     again = str(tmp_path / 'again.pt')
     convert(back, again, None, True)
     assert same(numpy_of(torch.load(again, weights_only=True)), everything)
@@ -360,13 +360,13 @@ def test_names_and_shapes_at_full_size(networks):
 
     theirs = networks.Supernet(16, 10, 8)
     parameters = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
-    assert parameters == Supernet(built=False).shapes
+    assert parameters == Supernet(build_programs=False).shapes
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 1930618
     for make, kind, sizes, trained in (
             (networks.NetworkCIFAR, NetworkCIFAR, (36, 10, 20), 4243728),
             (networks.NetworkImageNet, NetworkImageNet, (48, 1000, 14), 6496680)):
         theirs = make(genotypes.DARTS_PADDLE, *sizes, auxiliary=True)
-        assert shapes(theirs) == kind(genotypes.DARTS_PADDLE, *sizes, auxiliary=0.4, built=False).shapes
+        assert shapes(theirs) == kind(genotypes.DARTS_PADDLE, *sizes, auxiliary=0.4, build_programs=False).shapes
         assert sum(parameter.numel() for parameter in theirs.parameters()) == trained
 
 
@@ -388,11 +388,11 @@ def test_drop_path_of_the_pytorch_networks(networks, torch):
 # Names and shapes, without PyTorch
 
 def small(arch='DARTS_PADDLE', auxiliary=True):
-    return NetworkCIFAR(genotypes.GENOTYPES[arch], 2, 3, 3, auxiliary=float(auxiliary), built=False).weights()
+    return NetworkCIFAR(genotypes.GENOTYPES[arch], 2, 3, 3, auxiliary=float(auxiliary), build_programs=False).weights()
 
 
 def small_supernet():
-    supernet = Supernet(2, 3, 3, built=False)
+    supernet = Supernet(2, 3, 3, build_programs=False)
     return dict(supernet.weights(), **supernet.alphas())
 
 
@@ -426,7 +426,7 @@ def test_running_statistics_of_a_supernet_are_left_out():
 
 
 def test_a_checkpoint_of_the_search_without_pytorch(tmp_path):
-    supernet = Supernet(CHANNELS, CLASSES, 4, seed=3, built=False)
+    supernet = Supernet(CHANNELS, CLASSES, 4, seed=3, build_programs=False)
     source = search_checkpoint(tmp_path / 'checkpoint.npz', supernet)
     assert same(convert_weights.read_supernet(source), dict(supernet.weights(), **supernet.alphas()))
 
@@ -572,7 +572,7 @@ def test_an_npz_of_something_else(tmp_path):
 
 
 def test_a_checkpoint_is_not_the_weights(tmp_path):
-    source = search_checkpoint(tmp_path / 'checkpoint.npz', Supernet(CHANNELS, CLASSES, 4, built=False))
+    source = search_checkpoint(tmp_path / 'checkpoint.npz', Supernet(CHANNELS, CLASSES, 4, build_programs=False))
     message = refused(source, tmp_path / 'target.pt')
     assert source in message and 'checkpoint' in message and 'best.npz' in message
 
@@ -581,7 +581,7 @@ def test_a_checkpoint_is_not_the_weights(tmp_path):
     {'theta': np.zeros(5, 'float32')}, {'alphas': np.zeros((2, 14, 7), 'float32')}, {'layers': None},
     {'init_channels': 'many'}, {'layers': 5}, {'class_num': None}], ids=str)
 def test_a_checkpoint_that_is_none_of_a_search(tmp_path, change):
-    supernet = Supernet(CHANNELS, CLASSES, 4, built=False)
+    supernet = Supernet(CHANNELS, CLASSES, 4, build_programs=False)
     source = search_checkpoint(tmp_path / 'checkpoint.npz', supernet, **change)
     assert source in refused(source, tmp_path / 'target.pt', None, True)
 
@@ -710,9 +710,9 @@ def test_numbers_beyond_single_precision(tmp_path, torch):
 
 
 def test_a_checkpoint_that_claims_a_supernet_larger_than_itself(tmp_path):
-    supernet = Supernet(CHANNELS, CLASSES, 4, built=False)
+    supernet = Supernet(CHANNELS, CLASSES, 4, build_programs=False)
     path = search_checkpoint(tmp_path / 'checkpoint.npz', supernet)
-    about, arrays = trainer.read_arrays(path)
+    about, arrays = checkpoint.read_arrays(path)
     for key in ('init_channels', 'class_num', 'layers'):
         changed = dict(about, settings=dict(about['settings'], **{key: 10 ** 7}))
         source = write_npz(tmp_path / f'{key}.npz', arrays, changed)
@@ -733,17 +733,17 @@ def test_the_command_line_both_ways(tmp_path, torch):
     for one, other in zip(files, files[1:]):
         output = run_well(SCRIPT, '--arch', 'DARTS_PADDLE', one, other)
         assert output == f'{other}: {len(weights)} entries, {total:,} numbers\n'
-    about, found = trainer.read_weights(str(files[-1]))
+    about, found = checkpoint.read_weights(str(files[-1]))
     assert same(found, weights) and genotypes.check(about['genotype']) == genotypes.DARTS_PADDLE
 
 
 def test_the_command_line_for_a_supernet(tmp_path, torch):
-    supernet = Supernet(CHANNELS, CLASSES, 4, built=False)
+    supernet = Supernet(CHANNELS, CLASSES, 4, build_programs=False)
     source = search_checkpoint(tmp_path / 'checkpoint.npz', supernet)
     files = [source, tmp_path / 'middle.pt', tmp_path / 'target.npz']
     for one, other in zip(files, files[1:]):
         run_well(SCRIPT, '--supernet', one, other)
-    assert same(trainer.read_weights(str(files[-1]))[1], dict(supernet.weights(), **supernet.alphas()))
+    assert same(checkpoint.read_weights(str(files[-1]))[1], dict(supernet.weights(), **supernet.alphas()))
 
 
 @pytest.mark.parametrize('flags, culprit', [

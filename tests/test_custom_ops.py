@@ -12,7 +12,7 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-import custom_ops
+from engine import custom_ops
 import make_sample
 import operations
 import reader
@@ -20,7 +20,8 @@ from genotypes import GENOTYPES, PRIMITIVES, Genotype
 from model import Cell, NetworkCIFAR
 from model_search import Supernet
 from operations import BN_EPSILON, batch_norm, max_pool
-from parameters import Function, Layout, Store
+from engine.parameters import FlatParameters
+from engine.programs import StaticProgram, VariableStore
 from runs import ROOT, run_well
 
 
@@ -51,10 +52,10 @@ def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev
     -> {what: array}: its output, the gradients of sum(direction * output), the moved running statistics.
     """
     rng = np.random.default_rng(0)
-    layout = Layout(running_statistics=True)
+    layout = FlatParameters(running_statistics=True)
     cell = Cell(layout, genotype, 'cell', 7, 5, channels, reduction, reduction_prev)
-    layout.seal()
-    layout.statistics.seal()
+    layout.assign_offsets()
+    layout.statistics.assign_offsets()
     scale, out = (2 if reduction_prev else 1), (2 if reduction else 1)
     values = {'s0': rng.normal(size=(3, 7, height * scale, width * scale)), 's1': rng.normal(size=(3, 5, height, width)),
               'masks': rng.normal(size=(3, max(1, sum(cell.droppable)), 1, 1)),
@@ -63,7 +64,7 @@ def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev
     if nan:
         values['s0'][0, 0, 3, 3] = np.nan
     values, vectors = ({name: array.astype(dtype) for name, array in each.items()} for each in (values, vectors))
-    store = Store(paddle.CPUPlace(), 'float64' if exact else dtype)
+    store = VariableStore(paddle.CPUPlace(), 'float64' if exact else dtype)
     for name, array in vectors.items():
         store.set(name, array)
 
@@ -82,7 +83,7 @@ def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev
         # None: no path leads there.
         return [result, *(paddle.zeros_like(x) if gradient is None else gradient
                           for gradient, x in zip(gradients, [theta, *inputs]))]
-    result, gradient, *input_gradients = Function(store, build)(
+    result, gradient, *input_gradients = StaticProgram(store, build)(
         **{name: array.astype(store.dtype) for name, array in values.items()})
     return {'output': result, 's0': input_gradients[0], 's1': input_gradients[1], **layout.named(gradient),
             **layout.statistics.named(store.get('statistics'))}
@@ -92,7 +93,7 @@ def expected_outcome(*arguments, **settings):
     """`outcome` by Paddle's operators, with an average pool whose gradient is exact."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operations, 'avg_pool', exact_average_pool)
-        with custom_ops.without():
+        with custom_ops.disabled():
             return outcome(*arguments, **settings)
 
 
@@ -168,7 +169,7 @@ def test_the_cell_of_the_supernet_in_single_precision():
     batch = np.random.default_rng(1).normal(size=(3, 3, 32, 32)), np.arange(3)   # no ReLU on the edge, which would flip
     ours = Supernet(channels=8, layers=3, seed=1)
     found = ours.gradients(*batch)
-    with custom_ops.without():
+    with custom_ops.disabled():
         exact = Supernet(channels=8, layers=3, seed=1, dtype='float64')
         exact.set_weights(ours.weights())
         exact.set_alphas(ours.alphas())
@@ -207,14 +208,14 @@ def test_of_equal_maxima_the_first_gets_the_gradient(reduction):
 
     results = []
     for function in (by_one_operator, by_paddle):
-        store = Store(paddle.CPUPlace(), 'float64')
+        store = VariableStore(paddle.CPUPlace(), 'float64')
 
         def build():
             x, direction = (store.input(name, list(array.shape)) for name, array in values.items())
             x.stop_gradient = False
             result = function(x)
             return [result, *paddle.static.gradients([paddle.sum(result * direction)], [x])]
-        results.append(Function(store, build)(**values))
+        results.append(StaticProgram(store, build)(**values))
     for ours, expected in zip(*results):
         assert np.abs(ours - expected).max() < 1e-10 * np.abs(expected).max()
 
@@ -235,7 +236,7 @@ def test_a_nan_is_not_rectified_away():
 IN_A_PROCESS = '''
 import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests', {root!r} + '/scripts']
 import numpy as np, utils, custom_ops, trainer, test_custom_ops as t
-trainer.start_log()
+console.start_log()
 print('on', custom_ops.enable())
 if custom_ops.enabled():
     t.compare(t.GENOTYPES['DARTS_V2'], 16, 16)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import averaged
-import distributed
+from engine import distributed
 import genotypes
 import imagenet_reader
 import make_sample
 import pictures
 import reader
-import trainer
+from engine import checkpoint, trainer
 from model import NetworkCIFAR
 from model_search import Supernet
 from runs import (assert_one_line, checkpoint, checkpoint_names, history, launch, run, run_two, run_two_well, run_well,
@@ -98,7 +98,7 @@ def test_a_step_sends_each_gradient_that_is_needed_once(recorded, script):
 def shards(data, part, **settings):
     """The training batches of train.py and train_search.py, a part of each."""
     return reader.Batches(data.train_images, data.train_labels, mean=data.mean, std=data.std, seed=0, shuffle=True,
-                          augment=True, cutout_length=16, drop_last=True, part=part, **settings)
+                          augment=True, cutout_length=16, drop_last=True, shard=shard, **settings)
 
 
 def assert_near(found, expected):
@@ -269,7 +269,7 @@ def test_a_signal_to_one_process_ends_all_with_its_exit_code(tmp_path, commands)
 
 def test_a_folder_in_use_is_refused_to_a_run_of_two(tmp_path, commands):
     folder = tmp_path / 'run'
-    holder = trainer.Run(argparse.Namespace(model_save_dir=str(folder), resume=False, visualdl=None))
+    holder = checkpoint.Run(argparse.Namespace(model_save_dir=str(folder), resume=False, visualdl=None))
     main, other = run_two(*commands['train.py'], '--model_save_dir', folder)
     assert holder and not checkpoint_names(folder)
     assert_one_line(main, 'another run is at work in', '--model_save_dir')
@@ -290,7 +290,7 @@ def test_parts_of_a_batch_are_the_batch_of_one_process(parts, count):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (count, 3, 32, 32), 'uint8'), np.arange(count)
     for settings in (dict(shuffle=True, augment=True, cutout_length=8), dict(shuffle=False)):
-        whole, *made = (reader.Batches(images, labels, 8, (0.5,) * 3, (0.25,) * 3, seed=0, part=part, **settings)
+        whole, *made = (reader.Batches(images, labels, 8, (0.5,) * 3, (0.25,) * 3, seed=0, shard=shard, **settings)
                         for part in [(0, 1), *((number, parts) for number in range(parts))])
         for step in range(len(whole)):
             for draw in ('batch', 'random_batch'):
@@ -313,7 +313,7 @@ def test_parts_of_a_batch_of_pictures_are_the_batch_of_one_process(tmp_path, aug
             return function(paths, key, augment, mine)
 
     whole, *made = (imagenet_reader.ImageBatches(samples, 5, Workers(), seed=0, shuffle=False, augment=augment,
-                                                 part=part) for part in ((0, 1), (0, 2), (1, 2)))
+                                                 shard=shard) for part in ((0, 1), (0, 2), (1, 2)))
     for step in (0, 1, len(whole) - 1):                          # 216 pictures: the last batch has 1
         images, labels = whole.batch(0, step)
         pieces = [each.batch(0, step) for each in made]
@@ -336,7 +336,7 @@ def test_more_than_one_per_cent_of_what_a_process_looked_at_stops_the_run(tmp_pa
     for number in (0, 1):
         samples.paths[number] = str(tmp_path / f'{number}.JPEG')
     made = imagenet_reader.ImageBatches(samples, 4, imagenet_reader.Workers(0), seed=0, shuffle=False, augment=True,
-                                        part=(0, 4))
+                                        shard=(0, 4))
     made.seen[:seen * 4] = True                                  # 80 and 240 of 400; an epoch shows 100
     if refused:
         with pytest.raises(trainer.UserError, match='2 of 100 pictures'):
@@ -350,12 +350,12 @@ def test_masks_of_drop_path_differ_between_processes(monkeypatch):
     network = type('Network', (), {'feed': lambda self, *batch: None, 'store': None,
                                    'run': lambda self, feed, prob, seed: seeds.append(seed) or (0, 0, 0)})()
     args = argparse.Namespace(seed=3, drop_path_prob=0.2, epochs=4)
-    training = trainer.Training.__new__(trainer.Training)
+    training = train.Training.__new__(train.Training)
     training.args, training.network, training.learning_rate = args, network, lambda epoch: 0
     training.optimizer = type('SGD', (), {'step': lambda self, lr: None})()
     for rank in range(3):
         monkeypatch.setattr(distributed, 'rank', rank)
-        monkeypatch.setattr(distributed, 'main', rank == 0)
+        monkeypatch.setattr(distributed, 'is_main', rank == 0)
         training.train_step(([0], [0]), 1, 2)
     assert len(set(seeds)) == 3
     assert seeds[0] == int(np.random.SeedSequence([3, reader.DROP_PATH, 1, 2]).generate_state(1)[0])
@@ -363,10 +363,10 @@ def test_masks_of_drop_path_differ_between_processes(monkeypatch):
 
 def test_what_launch_repeats_is_no_second_signal(monkeypatch):
     waited = []
-    monkeypatch.setattr(distributed, 'wait', lambda: waited.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(distributed, 'barrier', lambda: waited.append(signal.getsignal(signal.SIGTERM)))
     for launched in (False, True):
         monkeypatch.setattr(distributed, 'launched', launched)
-        with trainer._Stop() as stop:
+        with trainer._StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.wanted()
             assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) is not launched

@@ -10,7 +10,7 @@ import export_model
 import genotypes
 import pictures
 import reader
-import trainer
+from engine import checkpoint, trainer
 from model import NetworkCIFAR, NetworkImageNet
 from predict import Predictor
 from runs import assert_one_line, run, run_well
@@ -27,14 +27,14 @@ def scrambled(network, rng):
 
 def write(path, network, **about):
     with open(path, 'wb') as file:
-        trainer.write_arrays(file, about, network.weights())
+        checkpoint.write_arrays(file, about, network.weights())
     return path
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A network for Fashion-MNIST with weights that are not those of the start, and their file."""
-    network = scrambled(NetworkCIFAR(genotypes.NASNet, 4, 10, 3, trained=False), np.random.default_rng(1))
+    network = scrambled(NetworkCIFAR(genotypes.NASNet, 4, 10, 3, with_training=False), np.random.default_rng(1))
     path = tmp_path_factory.mktemp('trained') / 'best.npz'
     data = reader.load('fashion_mnist_sample')
     return network, write(path, network, genotype=genotypes.NASNet._asdict(), dataset=data.name,
@@ -98,7 +98,7 @@ def test_predict_prints_a_line_a_picture(tmp_path, exported):
 
 
 def test_a_network_for_imagenet_and_names_from_a_file(tmp_path):
-    network = scrambled(NetworkImageNet(genotypes.DARTS_V2, 4, 3, 3, trained=False), np.random.default_rng(2))
+    network = scrambled(NetworkImageNet(genotypes.DARTS_V2, 4, 3, 3, with_training=False), np.random.default_rng(2))
     weights = write(tmp_path / 'weights.npz', network)              # as a conversion writes them: nothing is known
     (tmp_path / 'names.txt').write_text('cat\ndog\nhorse, grazing\n')
     run_well('scripts/export_model.py', '--arch', 'DARTS_V2', '--pretrained', weights, '--out', tmp_path / 'model',
@@ -113,7 +113,7 @@ def test_a_network_for_imagenet_and_names_from_a_file(tmp_path):
 
 
 def test_a_network_that_differs_is_noticed(trained, exported):
-    other = scrambled(NetworkCIFAR(genotypes.NASNet, 4, 10, 3, trained=False), np.random.default_rng(3))
+    other = scrambled(NetworkCIFAR(genotypes.NASNet, 4, 10, 3, with_training=False), np.random.default_rng(3))
     assert export_model.check(trained[0], str(exported)) < 1e-5
     with pytest.raises(UserError, match='differs from the trained one'):
         export_model.check(other, str(exported))

@@ -17,7 +17,7 @@ import make_sample
 import pictures
 import reader
 import train_search
-import trainer
+from engine import checkpoint, trainer
 import utils
 from runs import assert_one_line, checkpoint_names, command, history, run, run_well
 from test_train_search import Crash, tiny_search
@@ -97,7 +97,7 @@ def test_a_full_disk_ends_in_a_line_and_the_run_goes_on_from_the_checkpoint_befo
                             'the one before is intact')
     assert not [name for name in os.listdir(folder) if name.endswith('.part')]     # it would take up space
     names = checkpoint_names(folder)
-    assert len(names) == 2 and all(trainer.read_checkpoint(folder / name) for name in names)
+    assert len(names) == 2 and all(checkpoint.read_checkpoint(folder / name) for name in names)
     run_well(*small('train.py', data, folder, '--resume'))
     assert kill_and_resume.end_of(folder) == whole
 
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_number_names_step_learning_rate_and_the_last_good_che
     last = done.stderr.strip().splitlines()[-1]
     found = re.search(r'(the loss is (nan|-?inf) at|not all numbers are finite after) step (\d) of epoch 1, '
                       r'learning rate 1e\+30; the last good checkpoint is (.*\.npz)$', last)
-    about, state = trainer.read_checkpoint(found[4])
+    about, state = checkpoint.read_checkpoint(found[4])
     assert (about['epoch'], about['step']) == (0, int(found[3]) - 1)
     assert all(np.isfinite(array).all() for array in state.values())
 
@@ -186,8 +186,8 @@ def test_what_a_crash_leaves_lying_about_is_cleared_and_damage_is_kept_apart(tmp
 @pytest.mark.parametrize('damage', [lambda lines: [b'\xff\xfe\x00', lines[1]], lambda lines: lines[1:],
                                     lambda lines: [lines[0] + b'x'], lambda lines: None])
 def test_a_damaged_history_is_said_and_the_run_goes_on(tmp_path, capsys, damage):
-    folder = trainer.Run(argparse.Namespace(model_save_dir=str(tmp_path), resume=False, visualdl=None))
-    folder.save({'theta': np.zeros(3)}, 3, 1, trainer.Meter())
+    folder = checkpoint.Run(argparse.Namespace(model_save_dir=str(tmp_path), resume=False, visualdl=None))
+    folder.save({'theta': np.zeros(3)}, 3, 1, checkpoint.Meter())
     lines = [json.dumps({'epoch': epoch}).encode() for epoch in (1, 2, 3, 4)]
     whole, path = b'\n'.join(lines[:3]) + b'\n', tmp_path / 'history.jsonl'
     task = argparse.Namespace(state=lambda: {'theta': np.ones(3)}, load_state=lambda state: None)
@@ -271,40 +271,40 @@ def test_the_fuzzer_notices_what_a_reader_must_not_do(tmp_path, monkeypatch, fau
 @pytest.mark.parametrize('old, new', [(b"'<f8'", b"'<f4'"), (b'(4000,)', b'(1000,)'), (b'False', b'True ')])
 def test_an_altered_header_is_noticed_though_it_hides_what_the_checksum_is_of(tmp_path, old, new):
     path = tmp_path / 'checkpoint.npz'
-    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(trainer.Meter())}
+    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(checkpoint.Meter())}
     with open(path, 'wb') as file:
-        trainer.write_arrays(file, about, {'theta': np.arange(4000.0)})
+        checkpoint.write_arrays(file, about, {'theta': np.arange(4000.0)})
     content = path.read_bytes()
-    assert trainer.read_checkpoint(path)[1]['theta'][-1] == 3999 and content.count(old)
+    assert checkpoint.read_checkpoint(path)[1]['theta'][-1] == 3999 and content.count(old)
     path.write_bytes(content.replace(old, new, 1))
     with pytest.raises(ValueError, match=r"checksum of 'theta.npy' in it is wrong"):
-        trainer.read_checkpoint(path)
+        checkpoint.read_checkpoint(path)
 
 
 def test_an_npz_cannot_unpack_to_more_than_it_is(tmp_path):
     np.savez_compressed(tmp_path / 'x.npz', theta=np.zeros(1 << 20), about=np.frombuffer(b'{}', 'uint8'))
     with pytest.raises(utils.UserError, match='claims to be larger than the file'):
-        trainer.read_weights(tmp_path / 'x.npz')
+        checkpoint.read_weights(tmp_path / 'x.npz')
 
 
 @pytest.mark.parametrize('change', [
     {'epoch': -1}, {'epoch': 1.5}, {'step': None}, {'meter': {}}, {'meter': [1]}, {'settings': 'x'},
-    {'meter': dict(vars(trainer.Meter()), loss='x')}])
+    {'meter': dict(vars(checkpoint.Meter()), loss='x')}])
 def test_a_description_that_is_none_of_a_checkpoint(tmp_path, change):
-    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(trainer.Meter()), **change}
+    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(checkpoint.Meter()), **change}
     with open(tmp_path / 'x.npz', 'wb') as file:
-        trainer.write_arrays(file, about, {})
+        checkpoint.write_arrays(file, about, {})
     with pytest.raises(ValueError, match='its description is not that of a checkpoint'):
-        trainer.read_checkpoint(tmp_path / 'x.npz')
+        checkpoint.read_checkpoint(tmp_path / 'x.npz')
 
 
 def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
     with pytest.raises(Crash):
         tiny_search(tmp_path, crash_after=1)
     name, = checkpoint_names(tmp_path)
-    about, state = trainer.read_checkpoint(tmp_path / name)
+    about, state = checkpoint.read_checkpoint(tmp_path / name)
     for changed in (dict(state, theta=state['theta'][1:]), {key: state[key] for key in state if key != 'velocity'}):
         with open(tmp_path / name, 'wb') as file:
-            trainer.write_arrays(file, about, changed)
+            checkpoint.write_arrays(file, about, changed)
         with pytest.raises(utils.UserError, match='is from another version of this program'):
             tiny_search(tmp_path, resume=True)

@@ -7,12 +7,12 @@ import paddle
 import pytest
 
 import model
-import plain_discrete as plain
+from reference import discrete as plain
 import utils
 from agreement import assert_all_close, assert_close, scrambled, statistics_of
 from genotypes import GENOTYPES, Genotype
 from model import NetworkCIFAR, NetworkImageNet
-from trainer import Training
+from train import Training
 from utils import UserError
 
 CLASSES = 8
@@ -97,7 +97,7 @@ def test_the_sizes_of_the_default_networks():
         network = kind(genotype, *arguments, auxiliary=0.4)
         assert (network.size, network.param_count) == (size, param_count)
         assert network.shapes == plain.weight_shapes(genotype, *arguments, kind is NetworkImageNet, auxiliary=True)
-        network = kind(genotype, *arguments, auxiliary=0.4, trained=False)
+        network = kind(genotype, *arguments, auxiliary=0.4, with_training=False)
         assert network.size == network.param_count == param_count
 
 
@@ -145,7 +145,7 @@ def test_every_edge_but_the_identities_is_multiplied_by_its_own_mask(monkeypatch
         asked.append(number)
         return paddle.assign(kept.T.reshape(BATCH, number, 1, 1).astype('float32')).astype('float64') / keep
     monkeypatch.setattr(model, 'drop_path_masks', given_masks)
-    network, weights, (images, labels) = make(NetworkCIFAR, arch, 2, 3, 8, drops_paths=True)
+    network, weights, (images, labels) = make(NetworkCIFAR, arch, 2, 3, 8, use_drop_path=True)
     assert asked == [dropped]
     expected = plain.train(weights, GENOTYPES[arch], images, labels, 3, masks=dict(zip(edges, kept / 0.75)))
     assert_close(network.run(network.feed(images, labels), drop_path_prob=0.25).loss, expected.loss)
@@ -154,7 +154,7 @@ def test_every_edge_but_the_identities_is_multiplied_by_its_own_mask(monkeypatch
 
 
 def test_dropped_paths_depend_on_the_seed_and_the_probability_and_none_is_dropped_in_evaluation():
-    network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 3, 8, drops_paths=True)
+    network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 3, 8, use_drop_path=True)
     feed = network.feed(images, labels)
     whole = plain.train(weights, GENOTYPES['DARTS_V2'], images, labels, 3).loss
     assert_close(network.run(feed).loss, whole)
@@ -262,6 +262,6 @@ def test_without_entries_the_auxiliary_head_keeps_its_weights(with_head, weights
 
 
 def test_entries_of_an_auxiliary_head_are_left_out_where_there_is_none(with_head, weights):
-    network = NetworkCIFAR(GENOTYPES['DARTS_PADDLE'], 2, CLASSES, 3, auxiliary=0.4, trained=False, dtype='float64')
+    network = NetworkCIFAR(GENOTYPES['DARTS_PADDLE'], 2, CLASSES, 3, auxiliary=0.4, with_training=False, dtype='float64')
     network.load_weights(weights)
     assert_all_close(network.weights(), {name: array for name, array in weights.items() if not is_head(name)})

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 import model_search
-import custom_ops
-import plain
-import plain_numpy
+from engine import custom_ops
+from reference import supernet as plain
+from reference import supernet_numpy as plain_numpy
 from architect import Architect
 from model_search import Supernet
-from parameters import MomentumSGD
+from engine.optimizers import MomentumSGD
 from utils import UserError
 
 CLASSES = 5

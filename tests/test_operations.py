@@ -8,21 +8,22 @@ import numpy as np
 import paddle
 import pytest
 
-import plain_discrete as plain
+from reference import discrete as plain
 from agreement import assert_all_close, assert_close, scrambled, statistics_of
 from genotypes import OPERATIONS
 from operations import drop_path_masks, operation
-from parameters import Function, Layout, Store
+from engine.parameters import FlatParameters
+from engine.programs import StaticProgram, VariableStore
 
 
 def run_edge(kind, channels, stride, weights, x, direction, training):
     """What plain.edge does, by the operation under test; its input is a weight too, for its gradient."""
-    layout = Layout(running_statistics=True)
+    layout = FlatParameters(running_statistics=True)
     layout.declare(['x'], x.shape)
     build_operation = operation(kind, layout, 'edge', channels, stride)
-    store, values = Store(paddle.CPUPlace(), 'float64'), dict(weights, x=x)
+    store, values = VariableStore(paddle.CPUPlace(), 'float64'), dict(weights, x=x)
     assert {**layout.shapes, **layout.statistics.shapes} == {name: array.shape for name, array in values.items()}
-    for vector, part in (('theta', layout.seal()), ('statistics', layout.statistics.seal())):
+    for vector, part in (('theta', layout.assign_offsets()), ('statistics', layout.statistics.assign_offsets())):
         if part.size:                                               # a pool keeps no statistics
             store.set(vector, part.flat({name: values[name] for name in part.shapes}, np.zeros(part.size)))
 
@@ -38,7 +39,7 @@ def run_edge(kind, channels, stride, weights, x, direction, training):
             store.assign('statistics', layout.statistics.pack())
         return [output, gradient]
 
-    output, gradient = Function(store, build)(direction=direction)
+    output, gradient = StaticProgram(store, build)(direction=direction)
     gradients = layout.named(gradient)
     statistics = layout.statistics.named(store.get('statistics')) if layout.statistics.size else {}
     return plain.Edge(output, gradients.pop('x'), gradients, statistics)
@@ -72,12 +73,12 @@ DRAWS, EDGES = 4000, 6
 @pytest.fixture(scope='module')
 def draw():
     """(keep, seed) -> masks [DRAWS, EDGES]."""
-    store = Store(paddle.CPUPlace(), 'float64')
+    store = VariableStore(paddle.CPUPlace(), 'float64')
 
     def build():
         images = store.input('images', [None, 1])
         return [drop_path_masks(paddle.shape(images)[0], EDGES, store.input('keep', [1]))]
-    function = Function(store, build)
+    function = StaticProgram(store, build)
 
     def masks(keep, seed):
         paddle.seed(seed)

@@ -13,7 +13,7 @@ import reader
 import train
 import train_imagenet
 import train_search
-import trainer
+from engine import checkpoint, trainer
 from model import NetworkCIFAR, network_of
 from runs import assert_one_line, checkpoint, history, run, run_well, stop_at, without_seconds
 
@@ -71,7 +71,7 @@ def test_the_loss_falls_and_everything_is_written(finished, commands):
     assert (args['arch'], args['auxiliary'], args['momentum']) == ('DARTS_PADDLE', True, 0.9)
     steps = commands[script][1]
     assert f'epoch 3 step {steps}/{steps}' in (folder / 'log.txt').read_text()
-    about, weights = trainer.read_weights(folder / 'last.npz')
+    about, weights = checkpoint.read_weights(folder / 'last.npz')
     assert genotypes.check(about['genotype']) == genotypes.DARTS_PADDLE
     assert about['class_names'][1] == {'train.py': 'Trouser', 'train_imagenet.py': 'n00000001'}[script]
     assert 'auxiliary_head.classifier.weight' in weights and 'cells.0.preprocess1.op.2.running_mean' in weights
@@ -80,7 +80,7 @@ def test_the_loss_falls_and_everything_is_written(finished, commands):
 def test_what_it_prints(finished):
     script, folder, output = finished
     lines = output.splitlines()
-    network = network_of(genotypes.DARTS_PADDLE, trainer.read_weights(folder / 'last.npz')[1])
+    network = network_of(genotypes.DARTS_PADDLE, checkpoint.read_weights(folder / 'last.npz')[1])
     assert re.fullmatch(r'device: CPU \(\d+ cores\), Paddle \d+\.\d+\.\d+', lines[0])
     assert lines[1] == f'param size = {network.param_count / 1e6:.6f}MB'
     assert lines[2] == f'multiply-adds = {network.multiply_adds / 1e6:.1f}M per image'
@@ -98,7 +98,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, finished
     assert checkpoint(tmp_path / 'run') == checkpoint(uninterrupted)
     assert without_seconds(tmp_path / 'run') == without_seconds(uninterrupted)
     for name in ('best.npz', 'last.npz'):
-        (about, ours), (_, theirs) = (trainer.read_weights(folder / name) for folder in (tmp_path / 'run', uninterrupted))
+        (about, ours), (_, theirs) = (checkpoint.read_weights(folder / name) for folder in (tmp_path / 'run', uninterrupted))
         assert all(np.array_equal(ours[key], theirs[key]) for key in theirs) and set(ours) == set(theirs)
 
 
@@ -117,7 +117,7 @@ def test_eval_only_gives_what_the_training_measured(finished, commands):
 def test_every_test_image_counts_once_and_alike(sample):
     """Whatever the batches are, the last and smaller one included; top-5 and the loss from the logits by hand."""
     data = reader.load('fashion_mnist_sample', str(sample))
-    network = NetworkCIFAR(genotypes.DARTS_V2, 4, 10, 3, trained=False)
+    network = NetworkCIFAR(genotypes.DARTS_V2, 4, 10, 3, with_training=False)
     batches = [reader.Batches(data.test_images, data.test_labels, size, data.mean, data.std, seed=0, shuffle=False)
                for size in (24, 50)]
     images, labels = batches[1].batch(0, 0)
@@ -138,8 +138,8 @@ def test_a_training_can_start_with_given_weights(tmp_path, finished, commands):
     script, folder, _ = finished
     run_well(*commands[script][0], '--model_save_dir', tmp_path / 'run', '--epochs', '1', '--momentum', '0',
              '--learning_rate', '1e-12', '--pretrained', folder / 'best.npz')
-    _, given = trainer.read_weights(folder / 'best.npz')
-    _, found = trainer.read_weights(tmp_path / 'run' / 'last.npz')
+    _, given = checkpoint.read_weights(folder / 'best.npz')
+    _, found = checkpoint.read_weights(tmp_path / 'run' / 'last.npz')
     for name, array in found.items():
         if not name.endswith(('.running_mean', '.running_var')):
             assert np.allclose(array, given[name], atol=1e-9), name
@@ -150,7 +150,7 @@ def test_a_genotype_of_a_search_is_trained_and_kept_for_the_resumption(tmp_path,
     path.write_text(genotypes.dumps(genotypes.DARTS_V1))
     command = [*commands['train.py'][0], '--model_save_dir', tmp_path / 'run', '--arch', path, '--epochs', '1']
     run_well(*command, '--auxiliary', 'False', '--drop_path_prob', '0')
-    about, weights = trainer.read_weights(tmp_path / 'run' / 'best.npz')
+    about, weights = checkpoint.read_weights(tmp_path / 'run' / 'best.npz')
     assert genotypes.check(about['genotype']) == genotypes.DARTS_V1
     assert not any(name.startswith('auxiliary') for name in weights)
     # The search went on and wrote another: the run is not continued as another network.

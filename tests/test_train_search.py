@@ -9,7 +9,7 @@ import genotypes
 import make_sample
 import reader
 import train_search
-import trainer
+from engine import checkpoint, trainer
 import utils
 from model_search import Supernet
 from runs import (assert_one_line, checkpoint, checkpoint_names, history, run, run_well, stop_at,
@@ -103,7 +103,7 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
     images, labels = rng.integers(0, 256, (18, 3, 32, 32), 'uint8'), np.arange(18) % 10
     data = reader.Dataset('random', 10, tuple('0123456789'), images, labels, images, labels,
                           np.full(3, 0.5, 'float32'), np.full(3, 0.25, 'float32'))
-    folder = trainer.Run(args)
+    folder = checkpoint.Run(args)
     task = train_search.Search(args, data, folder, utils.find_place(False))
     take_step, done = task.train_step, []
 
@@ -139,14 +139,14 @@ def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, whole, crash_after
 
 
 def test_a_search_can_start_with_the_weights_and_alphas_of_another(tmp_path, data):
-    supernet = Supernet(2, 10, 3, seed=5, built=False)
+    supernet = Supernet(2, 10, 3, seed=5, build_programs=False)
     given = dict(supernet.weights(), **supernet.alphas())
     with open(tmp_path / 'given.npz', 'wb') as file:
-        trainer.write_arrays(file, {}, given)
+        checkpoint.write_arrays(file, {}, given)
     run_well(*command(tmp_path / 'search', '--data', data, '--epochs', '1', '--unrolled', 'False', '--momentum', '0',
                       '--learning_rate', '1e-12', '--learning_rate_min', '0', '--arch_learning_rate', '0',
                       '--pretrained', tmp_path / 'given.npz'))
-    _, state = trainer.read_checkpoint(str(tmp_path / 'search' / checkpoint_names(tmp_path / 'search')[-1]))
+    _, state = checkpoint.read_checkpoint(str(tmp_path / 'search' / checkpoint_names(tmp_path / 'search')[-1]))
     assert np.array_equal(state['alphas'], [given['alphas_normal'], given['alphas_reduce']])
     assert np.allclose(state['theta'], supernet.store.get('theta'), atol=1e-9)
     assert_one_line(run(*command(tmp_path / 'other', '--init_channels', '4', '--pretrained', tmp_path / 'given.npz')),
@@ -232,7 +232,7 @@ def test_no_damage_to_a_checkpoint_goes_unseen(tmp_path):
     """Cut off or with a bit flipped anywhere: refused, or (in a field of zip without meaning) the same arrays."""
     rng = np.random.default_rng(0)
     state = {'theta': rng.normal(size=50), 'alphas': rng.normal(size=(2, 14, 8)), 'adam_steps': np.array(3)}
-    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(trainer.Meter())}
+    about = {'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(checkpoint.Meter())}
     path = tmp_path / 'checkpoint.npz'
     np.savez(path, **state, about=np.frombuffer(json.dumps(about).encode(), 'uint8'))
     original, refused = path.read_bytes(), 0
@@ -244,7 +244,7 @@ def test_no_damage_to_a_checkpoint_goes_unseen(tmp_path):
             content = content[:rng.integers(len(content))]
         path.write_bytes(content)
         try:
-            read, arrays = trainer.read_checkpoint(str(path))
+            read, arrays = checkpoint.read_checkpoint(str(path))
         except ValueError:
             refused += 1
             continue

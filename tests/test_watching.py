@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-import dashboard
+from engine import dashboard
 import genotypes
 import train
 import train_imagenet

@@ -11,14 +11,14 @@ import paddle.nn.functional as F
 from genotypes import EDGES, NODES, PRIMITIVES
 from operations import (BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, States, avg_pool, batch_norm, conv,
                         linear, max_pool)
-from parameters import Layout
+from engine.parameters import FlatParameters
 
 
 class EdgeByEdge:
     """channels, classes, layers: as of the Supernet; images of 32 x 32 on the CPU."""
 
     def __init__(self, channels, classes, layers):
-        self.layout, self.cells = Layout(), []
+        self.layout, self.cells = FlatParameters(), []
         c_prev_prev = c_prev = 3 * channels
         self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
         self.stem_norm = BatchNorm(self.layout, ['stem.1'], c_prev, affine=True)
@@ -73,7 +73,7 @@ class EdgeByEdge:
             s0, s1 = s1, paddle.concat(states[-NODES:], axis=1)
         logits = linear(paddle.mean(s1, axis=[2, 3]), self.classifier, self.classifier_bias)
         loss = F.cross_entropy(logits, labels)
-        parameters = [block.tensor for block in self.layout.blocks] + alphas
+        parameters = [block.tensor for block in self.layout.groups] + alphas
         return [loss, *paddle.static.gradients([loss], parameters)]
 
     def run(self, weights, images, labels):

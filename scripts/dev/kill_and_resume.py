@@ -29,7 +29,7 @@ import numpy as np
 
 import make_sample
 import reader
-import trainer
+from engine import checkpoint, trainer
 from utils import UserError
 
 SCRIPTS = ('train_search.py', 'train.py')
@@ -107,7 +107,7 @@ def end_of(folder):
     for name in found:
         path = os.path.join(folder, name)
         if name.endswith('.npz'):
-            about, arrays = trainer.read_arrays(path)
+            about, arrays = checkpoint.read_arrays(path)
             if name.startswith('checkpoint-'):
                 about['meter'].pop('seconds')
             end[name] = about, {key: (array.dtype.str, array.shape, array.tobytes()) for key, array in arrays.items()}

@@ -41,7 +41,7 @@ import convert_weights
 import genotypes
 import imagenet_reader
 import reader
-import trainer
+from engine import checkpoint, trainer
 from model import NetworkCIFAR
 from model_search import Supernet
 from utils import UserError
@@ -208,7 +208,7 @@ def as_is(content):
 
 def npz(about, arrays):
     file = io.BytesIO()
-    trainer.write_arrays(file, about, arrays)
+    checkpoint.write_arrays(file, about, arrays)
     return file.getvalue()
 
 
@@ -237,25 +237,25 @@ def inside_zip(original):
 def npz_subjects(folder):
     """Checkpoints, weights of a discrete network and of a supernet."""
     rng = np.random.default_rng(0)
-    supernet, path = Supernet(2, 3, 3, built=False), os.path.join(folder, 'x.npz')
+    supernet, path = Supernet(2, 3, 3, build_programs=False), os.path.join(folder, 'x.npz')
     names = ('theta', 'alphas')
     state = {name: supernet.store.get(name) for name in names}
     about = {'settings': {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0}, 'epoch': 1, 'step': 2,
-             'meter': vars(trainer.Meter(1.5, 2, 3, 4, 5.0))}
-    network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, built=False)
+             'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
+    network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False)
     weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
                'mean': [0.5] * 3, 'std': [0.25] * 3}
     checkpoint = npz(about, dict(state, velocity=rng.normal(size=3000), adam_steps=np.array(3)))
 
     def read_checkpoint():
-        about, state = trainer.read_checkpoint(path)
+        about, state = checkpoint.read_checkpoint(path)
         assert isinstance(about['settings'], dict) and type(about['step']) is int
-        trainer.Meter(**about['meter']).means('train') if about['meter']['images'] else None
+        checkpoint.Meter(**about['meter']).means('train') if about['meter']['images'] else None
         return comparable([about, state])
 
     def read_weights():
-        about, weights = trainer.read_weights(path)
-        genotype = trainer.genotype_of(path, about)
+        about, weights = checkpoint.read_weights(path)
+        genotype = genotypes.of_weights(path, about)
         return comparable([about, convert_weights.check_discrete(genotype, weights)])
 
     def read_supernet():
@@ -279,7 +279,7 @@ def torch_subjects(folder):
         return
     path = os.path.join(folder, 'x.pt')
     weights = {name: torch.from_numpy(array) for name, array in NetworkCIFAR(
-        genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.0, built=False).weights().items()}
+        genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.0, build_programs=False).weights().items()}
 
     def read():
         return comparable(convert_weights.check_discrete(
@@ -303,9 +303,9 @@ def text_subjects(folder):
     yield Subject('genotype.json', path, genotypes.dumps(genotypes.DARTS_V2).encode(), read_genotype, False, as_is)
 
     run_folder = os.path.join(folder, 'run')
-    run = trainer.Run(argparse.Namespace(model_save_dir=run_folder, resume=False, visualdl=None))
-    trainer.log.handlers = [logging.NullHandler()]             # it warns of what is damaged
-    run.save({'theta': np.arange(3.0)}, 2, 1, trainer.Meter())
+    run = checkpoint.Run(argparse.Namespace(model_save_dir=run_folder, resume=False, visualdl=None))
+    console.log.handlers = [logging.NullHandler()]             # it warns of what is damaged
+    run.save({'theta': np.arange(3.0)}, 2, 1, checkpoint.Meter())
     history = os.path.join(run_folder, 'history.jsonl')
     task = argparse.Namespace(state=lambda: {'theta': np.zeros(3)}, load_state=lambda state: None)
 

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-import custom_ops
+from engine import custom_ops
 
 EPSILON = float(np.float32(1e-5))          # an attribute of Paddle's operator, in single precision
 

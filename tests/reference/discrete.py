@@ -11,8 +11,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-import custom_ops
-from plain import EPSILON, average_pool
+from engine import custom_ops
+from reference.supernet import EPSILON, average_pool
 
 # As EPSILON an attribute of Paddle's operator, in single precision: the part of running statistics that is kept.
 MOMENTUM = float(np.float32(0.9))
@@ -191,7 +191,7 @@ class Pass:
         by_paddle = not custom_ops.OPERATIONS.issuperset(kind for _, kind, _, _ in edges(genotype, i, layers))
         for n, kind, state, stride in edges(genotype, i, layers):
             # Which average pool is the reference depends on whose operators compute the cell.
-            with custom_ops.without() if by_paddle else contextlib.nullcontext():
+            with custom_ops.disabled() if by_paddle else contextlib.nullcontext():
                 x = self.operation(kind, states[state], f'cells.{i}._ops.{n}', stride)
             if (i, n) in droppable:
                 x = x * paddle.to_tensor(masks[i, n]).reshape([-1, 1, 1, 1])

@@ -5,7 +5,7 @@
     python scripts/benchmark.py search_step --batch_size 16 64
     python scripts/benchmark.py cifar_input imagenet_input --rounds 9 --json
 
-Steps are measured against scripts/pytorch_networks.py (pip install torch), the start against
+Steps are measured against scripts/reference.pytorch.py (pip install torch), the start against
 scripts/edge_by_edge.py, each side in a process of its own that waits while the other computes. Before
 anything is timed both have to compute the same.
 """
@@ -109,10 +109,10 @@ def random_batches(batch_size):
 
 def make_search(channels=CHANNELS, layers=LAYERS, unrolled=True):
     """-> a Supernet with this project's operators, and step(train, valid): one step of its search, on feeds."""
-    import custom_ops
+    from engine import custom_ops
     from architect import Architect
     from model_search import Supernet
-    from parameters import MomentumSGD
+    from engine.optimizers import MomentumSGD
     custom_ops.enable()
     supernet = Supernet(channels, 10, layers)
     optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
@@ -139,7 +139,7 @@ def our_search(batch_size, unrolled, weights, channels=CHANNELS, layers=LAYERS):
 def torch_search(batch_size, unrolled, weights, layout):
     """The same in PyTorch, from the same weights; layout: of the tensors in memory, and whether it is compiled."""
     import torch
-    from pytorch_networks import Architect, MixedOp, Supernet, search_step
+    from reference.pytorch import Architect, MixedOp, Supernet, search_step
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = Supernet(CHANNELS, 10, LAYERS)
     arrays = {name: torch.from_numpy(array) for name, array in np.load(weights).items()}
@@ -169,13 +169,13 @@ def torch_search(batch_size, unrolled, weights, layout):
 
 def our_training(batch_size, weights):
     """DARTS_PADDLE for CIFAR-10 and one step of its training; its weights go to the file `weights`."""
-    import custom_ops
+    from engine import custom_ops
     import genotypes
     from model import NetworkCIFAR
-    from parameters import MomentumSGD
+    from engine.optimizers import MomentumSGD
     custom_ops.enable()
     network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=0.4,
-                           drops_paths=True)
+                           use_drop_path=True)
     optimizer = MomentumSGD(network.store, 0.9, 3e-4, 5.0)
     np.savez(weights, **network.weights())
     train, _ = random_batches(batch_size)
@@ -191,7 +191,7 @@ def torch_training(batch_size, weights, layout):
     """The same in PyTorch, from the same weights."""
     import torch
     import genotypes
-    from pytorch_networks import NetworkCIFAR
+    from reference.pytorch import NetworkCIFAR
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=True)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in np.load(weights).items()}, strict=False)
@@ -306,7 +306,7 @@ def operator_times(batch_size, channels, layers):
     """The part of a pass of the supernet, in per cent, that each kind of operator takes, by Paddle's profiler."""
     import paddle
     from paddle import profiler
-    import custom_ops
+    from engine import custom_ops
     from model_search import Supernet
     custom_ops.enable()
     supernet = Supernet(channels, 10, layers)
@@ -349,7 +349,7 @@ def edge_by_edge_start(channels, layers):
     from edge_by_edge import EdgeByEdge
     from model_search import Supernet
     network = EdgeByEdge(channels, 10, layers)
-    same = Supernet(channels, 10, layers, built=False)
+    same = Supernet(channels, 10, layers, build_programs=False)
     loss = network.run({**same.weights(), **same.alphas()}, *random_batches(2)[0])
     serve({'seconds': utils.seconds_since_start(), 'operators': network.operators, 'loss': loss}, None)
 
@@ -400,7 +400,7 @@ def launches(args):
     Architect(supernet)
     one_pass = count_launches(supernet._run.program)
     passes = (supernet._run, supernet._evaluate)
-    vectors = sum(count_launches(function.program) for function in supernet.store.functions if function not in passes)
+    vectors = sum(count_launches(function.program) for function in supernet.store.programs if function not in passes)
     peer = count_launches(EdgeByEdge(CHANNELS, 10, LAYERS).program)
     # Five passes a step on both sides; the peer's vector arithmetic, an operator or more a weight, is left out.
     return [{'what': 'launches of a pass', 'unit': '', 'ours': one_pass, 'peer': peer, 'peer is': 'edge by edge',

@@ -1,0 +1,56 @@
+"""Log lines and the progress bar of a run."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+
+from tqdm import tqdm
+
+from engine import distributed
+
+log = logging.getLogger('darts')
+
+
+def start_log(path: str | None = None) -> None:
+    """Sends log lines to the console and, if given, to the file `path`; ranks other than 0 log warnings only."""
+    log.setLevel(logging.INFO if distributed.is_main else logging.WARNING)
+    log.propagate = False            # Paddle installs a handler on the root logger
+    log.handlers = [_Console()]
+    if path:
+        handler = _LogFile(path, encoding='utf-8')
+        handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%Y-%m-%d %H:%M:%S'))
+        log.addHandler(handler)
+
+
+class _Console(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):         # the terminal is gone: the run continues and log.txt has the line
+            tqdm.write(self.format(record), file=sys.stdout)        # above the progress bar
+            sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drops the line when the disk is full: the next checkpoint fails with a message."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class Progress(tqdm):
+    """A progress bar over steps, with images per second and the time left.
+
+    images: per step. In a terminal it is redrawn every 0.3 seconds, elsewhere a line is written every 30.
+    """
+
+    def __init__(self, images: int, **kwargs):
+        self.images = images
+        super().__init__(mininterval=0.3 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, leave=False, bar_format=(
+            '{desc} {bar} step {n_fmt}/{total_fmt}, {images_per_second} images/s, {remaining} left{postfix}'),
+            disable=not distributed.is_main, **kwargs)
+
+    @property
+    def format_dict(self) -> dict:
+        values = super().format_dict
+        rate = values['rate'] or (values['n'] - values['initial']) / max(values['elapsed'], 1e-9)
+        return dict(values, images_per_second=f'{rate * self.images:.1f}')

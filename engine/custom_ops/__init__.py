@@ -1,0 +1,182 @@
+"""Compiled operators for the CPU (README.md in this folder), built once per machine and kept in a cache.
+
+`enable()` builds or finds them and switches them on; programs that are built from then on use them. Without a compiler, on
+a GPU, or after `enable(False)` Paddle's own operators compute the same function.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import engine                      # before paddle
+import paddle
+
+import utils
+
+log = logging.getLogger('darts')
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
+HEADERS = [os.path.join(HERE, 'kernels.h')]
+FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
+
+# The operations that a discrete_cell may have; conv_7x1_1x7 of AmoebaNet is not among them.
+OPERATIONS = {'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'sep_conv_7x7',
+              'dil_conv_3x3', 'dil_conv_5x5'}
+
+_state = {'enabled': False, 'loaded': False}
+
+
+def enabled() -> bool:
+    """Whether programs under construction use the operators of this folder."""
+    return _state['enabled']
+
+
+def enable(wanted: bool = True) -> bool:
+    """Switches the operators on or off and returns whether they are on; logs why they cannot be switched on."""
+    _state['enabled'] = bool(wanted) and _load()
+    return _state['enabled']
+
+
+@contextlib.contextmanager
+def disabled():
+    """Uses Paddle's own operators for the programs that are built inside the `with` block."""
+    before, _state['enabled'] = _state['enabled'], False
+    try:
+        yield
+    finally:
+        _state['enabled'] = before
+
+
+def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, channels, reduction, reduction_prev,
+                  training, epsilon, momentum) -> list:
+    """Adds a cell of a discrete network as one operator; model.Cell.by_operations adds the same function.
+
+    x0 [N, C0, H0, W0], x1 [N, C1, H, W]: outputs of the two cells before (H0 = 2 * H with reduction_prev).
+    running [R]: mean and variance of each normalisation. masks: None, or [N, E, 1, 1], factors of the results of the E
+    edges other than identities. weights: a tensor [rows, columns, k, k] for each pair (columns, k), and one [R] with
+    scale and shift of each normalisation; rows in the order in which model.Cell declares them. operations: names from
+    OPERATIONS, two per node; states: the input of each; concat: the states in the output; training: whether to normalise
+    by the batch and update the running statistics.
+    Returns the output [N, len(concat) * channels, H', W'] and the running statistics. Raises ValueError for a height or
+    width that a reduction cell cannot halve.
+    """
+    if reduction and (x1.shape[2] % 2 or x1.shape[3] % 2):
+        raise ValueError(f"a reduction cell halves height and width, {x1.shape[2]} x {x1.shape[3]} cannot be halved")
+    return _add_operator('darts_discrete_cell', {'Inputs@VECTOR': [x0, x1, *weights], 'Running': running,
+                                                 'Masks': running if masks is None else masks},
+                         ['Out', 'Saved', 'Statistics', 'NewRunning'],
+                         {'operations': list(operations), 'states': list(states), 'concat': list(concat),
+                          'channels': channels, 'reduction': reduction, 'reduction_prev': reduction_prev,
+                          'training': training, 'masked': masks is not None, 'epsilon': epsilon,
+                          'momentum': momentum})[::3]
+
+
+def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction: bool, weight_gradients: bool, epsilon: float):
+    """Adds all mixed operations of a supernet cell as one operator; model_search.Cell.batched adds the same function.
+
+    x [N, 2 * C, H, W]: both input states; depthwise3 [14 * 3 * C, 1, 3, 3], depthwise5 [14 * 3 * C, 1, 5, 5],
+    pointwise [14 * 6 * C, C, 1, 1] (in a reduction cell 8 * C more): weights in the order of README.md; mixing [14, 8]:
+    softmax of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the normalisations.
+    Returns the four nodes [N, 4 * C, H', W'].
+    """
+    return _add_operator('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5,
+                                              'Pointwise': pointwise, 'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],
+                         {'reduction': reduction, 'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+
+
+def _add_operator(operator: str, inputs: dict, outputs: list[str], attributes: dict) -> list:
+    """Adds an operator to the program under construction and returns its outputs."""
+    if utils.in_pir_mode():
+        return paddle._C_ops._run_custom_op(operator, *inputs.values(), *attributes.values())
+    from paddle.base.layer_helper import LayerHelper
+    helper, first = LayerHelper(operator), next(iter(inputs.values()))
+    dtype = (first[0] if isinstance(first, list) else first).dtype
+    outputs = {name: helper.create_variable_for_type_inference(dtype) for name in outputs}
+    helper.append_op(type=operator, inputs=inputs, outputs=outputs, attrs=attributes)
+    return list(outputs.values())
+
+
+def _load() -> bool:
+    if _state['loaded']:
+        return True
+    if utils.in_pir_mode() and not hasattr(paddle._C_ops, '_run_custom_op'):
+        log.warning(f"the compiled operators are off, steps are slower: Paddle {paddle.__version__} lacks a function "
+                    "that adds them to a program")
+        return False
+    path = library_path()
+    if not os.path.isfile(path):
+        log.info("compiling the operators for this machine (once, 1 to 2 minutes; --custom_ops False skips it)")
+        reason = compile_to(path)
+        if reason:
+            log.warning(f"the compiled operators are off, steps are slower: {reason}")
+            return False
+    from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+    load_op_meta_info_and_register_op(path)
+    ctypes.c_int.in_dll(ctypes.CDLL(path), 'darts_threads').value = threads()
+    # One operator after the other: each of them uses all cores. Paddle 2.6 has no such flag.
+    with contextlib.suppress(ValueError):
+        paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})
+    _state['loaded'] = True
+    return True
+
+
+def threads() -> int:
+    """Returns the number of threads of an operator: OMP_NUM_THREADS if the user has set it, else the cores of the machine
+    divided by the processes that paddle.distributed.launch has started on it (launch sets OMP_NUM_THREADS to 1)."""
+    processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 0))
+    if engine.OMP_NUM_THREADS.isdigit() and int(engine.OMP_NUM_THREADS) > (processes > 0):
+        return int(engine.OMP_NUM_THREADS)
+    return max(1, utils.cores() // max(1, processes))
+
+
+def library_path() -> str:
+    """Returns the path of the compiled operators: one file per source, flags, Paddle, Python and processor."""
+    parts = [' '.join(FLAGS).encode()]
+    for path in SOURCES + HEADERS:
+        with open(path, 'rb') as file:
+            parts.append(file.read())
+    parts += [each.encode() for each in (paddle.__version__, paddle.version.commit, platform.python_version(),
+                                         platform.machine(), _processor_features())]
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return os.path.join(cache, 'darts', hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16], 'darts_ops.so')
+
+
+def _processor_features() -> str:
+    """Returns what -march=native depends on: different machines may share a home folder."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            return next((line for line in file if line.startswith(('flags', 'Features'))), '')
+    except OSError:
+        return platform.processor()
+
+
+def compile_to(path: str) -> str | None:
+    """Compiles the operators to the file `path` with Paddle's cpp_extension; returns the reason of a failure, or None.
+
+    Compiles in a subprocess: cpp_extension prints, and changes the logging and the working folder of its process.
+    """
+    if not shutil.which(os.environ.get('CXX', 'g++')):
+        return "there is no C++ compiler (on Debian and Ubuntu: apt install g++)"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            done = subprocess.run([sys.executable, '-m', 'engine.custom_ops', os.path.abspath(folder)], text=True,
+                                  cwd=os.path.dirname(os.path.dirname(HERE)), stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
+            library = os.path.join(folder, 'darts_ops', 'darts_ops.so')
+            if done.returncode or not os.path.isfile(library):
+                lines = [line for line in done.stdout.splitlines() if 'rror' in line] or done.stdout.splitlines()
+                return f"they could not be compiled ({(lines or ['no output'])[0].strip()[:200]})"
+            os.replace(library, path)
+    except OSError as error:
+        return f"they could not be kept in {os.path.dirname(path)} ({error.strerror or error})"
+    return None
