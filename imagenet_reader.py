@@ -283,7 +283,7 @@ class ImageBatches(Batches):
         self.seen = np.zeros(len(samples.paths), bool)
 
     def _make(self, chosen, key):
-        mine = self._mine(len(chosen))
+        mine = self._shard_slice(len(chosen))
         images, sources, bad = self.workers.call(make_batch, [self.images[i] for i in chosen], key, self.augment, mine)
         self.seen[chosen[mine]] = True
         for path, reason in bad.items():
@@ -292,7 +292,7 @@ class ImageBatches(Batches):
                 log.warning(f"{path} cannot be read ({reason}): "
                             f"{'another one takes its place' if self.augment else 'left out'}")
         # A process that makes a part of each batch sees a part of the pictures in an epoch.
-        looked_at = max(int(self.seen.sum()), len(self.images) // self.part[1])
+        looked_at = max(int(self.seen.sum()), len(self.images) // self.shard[1])
         if len(self.bad) > MOST_BAD * looked_at:
             raise UserError(f"{len(self.bad)} of {looked_at} pictures cannot be read, the last of them "
                             f"{list(self.bad)[-1]}: the data set is damaged, copy it anew")

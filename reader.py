@@ -552,7 +552,7 @@ class Batches:
     """
 
     def __init__(self, images, labels, batch_size, mean, std, *, seed, shuffle, augment=False,
-                 cutout_length=0, drop_last=False, part=(0, 1)):
+                 cutout_length=0, drop_last=False, shard=(0, 1)):
         if not 1 <= batch_size <= len(images):
             raise UserError(f"a batch of {batch_size} images cannot be drawn from {len(images)}: "
                             f"choose a --batch_size from 1 to {len(images)}")
@@ -562,7 +562,7 @@ class Batches:
         self.images, self.labels = images, np.asarray(labels, 'int64').reshape(-1, 1)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.augment, self.cutout_length, self.drop_last = augment, cutout_length, drop_last
-        self.part = part
+        self.shard = shard
         mean, std = (np.asarray(each, 'float32').reshape(3, 1, 1) for each in (mean, std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self._order, self._lock = (None, None), threading.Lock()
@@ -593,13 +593,13 @@ class Batches:
                 self._order = epoch, order
             return self._order[1]
 
-    def _mine(self, count):
+    def _shard_slice(self, count):
         """The slice of a batch of `count` images that `part` means."""
-        number, parts = self.part
+        number, parts = self.shard
         return slice(count * number // parts, count * (number + 1) // parts)
 
     def _make(self, chosen, key):
-        mine = self._mine(len(chosen))
+        mine = self._shard_slice(len(chosen))
         images, labels = self.images[chosen[mine]], self.labels[chosen[mine]]
         if not self.augment:
             return self._normalise(images), labels

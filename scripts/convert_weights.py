@@ -16,12 +16,12 @@ import zipfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils                       # before paddle: it quiets what paddle says while it is imported
+import utils
 
 import numpy as np
 
 import genotypes
-from engine import checkpoint, trainer
+from engine import checkpoint
 from model import network_of
 from model_search import Supernet
 from utils import UserError

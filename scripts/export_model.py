@@ -13,16 +13,18 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils                       # before paddle: it quiets what paddle says while it is imported
+import engine  # noqa: F401  before paddle
 
 import numpy as np
 import paddle
 
 import imagenet_reader
 import reader
-from engine import checkpoint, trainer
+import genotypes
+from engine import checkpoint
 from model import NetworkImageNet, network_of
 from predict import DESCRIPTION, PROGRAM, Predictor
+import utils
 from utils import UserError
 
 TOLERANCE = 1e-4                            # of logits, relative to the largest of them

@@ -10,13 +10,14 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils                       # before paddle: it quiets what paddle says while it is imported
+import engine  # noqa: F401  before paddle
 
 import numpy as np
 import paddle
 from paddle import inference
 
 from imagenet_reader import validation_picture
+import utils
 from utils import UserError
 
 DESCRIPTION = 'classifier.json'

@@ -1,31 +1,28 @@
 import os
 import sys
 
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'scripts')]
-
-import utils  # noqa: E402,F401  before paddle: it quiets paddle's start-up notes
-
-import pytest  # noqa: E402
-
+sys.path[:0] = [ROOT, *(os.path.join(ROOT, folder) for folder in ('tests', 'scripts', 'scripts/bench', 'scripts/dev'))]
 pytest.register_assert_rewrite('agreement')          # so that a failure shows its numbers
 
-import custom_ops  # noqa: E402
 
-
-@pytest.fixture(scope='session', autouse=True)
+@pytest.fixture(scope='session')
 def compiled():
-    """Compiles the operators before any script of a test would, -> whether there are any."""
-    on = custom_ops.enable()
+    """Compiles the operators, if they are not in the cache, and returns whether they are available."""
+    from engine import custom_ops
+    available = custom_ops.enable()
     custom_ops.enable(False)
-    return on
+    return available
 
 
 @pytest.fixture(scope='module', params=[False, True], ids=['paddle_ops', 'custom_ops'])
 def operators(request, compiled):
-    """For a whole file of tests: once with Paddle's operators, once with this project's own."""
+    """Runs all tests of a module twice: with Paddle's operators and with the compiled ones."""
     if request.param and not compiled:
         pytest.skip('the operators of this project could not be compiled')
+    from engine import custom_ops
     custom_ops.enable(request.param)
     yield
     custom_ops.enable(False)

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 
 from engine import distributed
-from engine import checkpoint, trainer
+from engine import trainer
 
 VECTORS = ('theta', 'velocity', 'statistics', 'alphas', 'adam_mean', 'adam_variance', 'gradient', 'd_alpha')
 

@@ -1,4 +1,7 @@
-"""Running the scripts as their user does, and looking at what they leave behind."""
+"""Runs the scripts, in this process or in processes of their own, and reads what they have written."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -7,13 +10,36 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from engine import checkpoint, trainer
+import utils
+from engine import console, custom_ops
+from engine.checkpoint import read_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def command(script, *flags):
     return [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
+
+
+def run_in_process(script, *flags):
+    """Runs a script's main() in this process, -> CompletedProcess as of `run`; logging and operators are reset after."""
+    name = os.path.splitext(os.path.basename(script))[0]
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [script, *map(str, flags)]
+    enabled, code = custom_ops.enabled(), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            utils.run(importlib.import_module(name).main)
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+        custom_ops.enable(enabled)
+        for handler in console.log.handlers:
+            handler.close()
+        console.log.handlers = []
+        console.log.propagate = True
+    return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
 
 
 def run(script, *flags):
@@ -97,9 +123,9 @@ def checkpoint_names(folder):
     return sorted(name for name in os.listdir(folder) if name.startswith('checkpoint-'))
 
 
-def checkpoint(folder):
+def last_checkpoint(folder):
     """What the last checkpoint of a folder holds, with what time alone decides taken out."""
     name = checkpoint_names(folder)[-1]
-    about, state = checkpoint.read_checkpoint(os.path.join(folder, name))
-    about['meter'].pop('seconds')
-    return name, about, {key: array.tobytes() for key, array in state.items()}
+    metadata, state = read_checkpoint(os.path.join(folder, name))
+    metadata['meter'].pop('seconds')
+    return name, metadata, {key: array.tobytes() for key, array in state.items()}

@@ -13,7 +13,7 @@ import pytest
 
 import convert_weights
 import genotypes
-from engine import checkpoint, trainer
+from engine import checkpoint
 from architect import Architect
 from convert_weights import convert
 from model import NetworkCIFAR, NetworkImageNet, network_of

@@ -234,8 +234,9 @@ def test_a_nan_is_not_rectified_away():
 
 
 IN_A_PROCESS = '''
-import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests', {root!r} + '/scripts']
-import numpy as np, utils, custom_ops, trainer, test_custom_ops as t
+import sys; sys.path[:0] = [{root!r}, {root!r} + '/tests', {root!r} + '/scripts/dev']
+from engine import console, custom_ops
+import test_custom_ops as t
 console.start_log()
 print('on', custom_ops.enable())
 if custom_ops.enabled():

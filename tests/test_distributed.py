@@ -15,10 +15,11 @@ import imagenet_reader
 import make_sample
 import pictures
 import reader
+import train
 from engine import checkpoint, trainer
 from model import NetworkCIFAR
 from model_search import Supernet
-from runs import (assert_one_line, checkpoint, checkpoint_names, history, launch, run, run_two, run_two_well, run_well,
+from runs import (assert_one_line, last_checkpoint, checkpoint_names, history, launch, run, run_two, run_two_well, run_well,
                   start_two, stop_at, without_seconds)
 
 SMALL = ['--layers', '3', '--use_gpu', 'False', '--epochs', '2']
@@ -95,7 +96,7 @@ def test_a_step_sends_each_gradient_that_is_needed_once(recorded, script):
     assert states[f'{step}/sent'].tolist() == expected
 
 
-def shards(data, part, **settings):
+def shards(data, shard, **settings):
     """The training batches of train.py and train_search.py, a part of each."""
     return reader.Batches(data.train_images, data.train_labels, mean=data.mean, std=data.std, seed=0, shuffle=True,
                           augment=True, cutout_length=16, drop_last=True, shard=shard, **settings)
@@ -205,14 +206,14 @@ def test_a_job_ends_with_one_of_its_processes_and_goes_on_with_one(tmp_path, rec
     assert 'Traceback' not in output and 'another process of this run has ended' in (
         tmp_path / 'log' / 'workerlog.0').read_text()
     # One process goes on with what two had computed, to the end.
-    stopped = checkpoint(folder)[1]
+    stopped = last_checkpoint(folder)[1]
     assert stopped['epoch'] + stopped['step'] > 0
     assert 'resumed from' in run_well(*command, '--resume')
     ours, theirs = history(folder), history(recorded('train_search.py')[0])
     assert [line['epoch'] for line in ours] == [1, 2]
     # The same images in the same steps; only what a batch is normalised by differs.
     assert ours[-1]['train_loss'] == pytest.approx(theirs[-1]['train_loss'], rel=0.02)
-    assert checkpoint(folder)[0] == checkpoint(recorded('train_search.py')[0])[0]
+    assert last_checkpoint(folder)[0] == last_checkpoint(recorded('train_search.py')[0])[0]
 
 
 def wait_for(text, logs):
@@ -249,10 +250,10 @@ def test_sigterm_to_launch_ends_all_after_the_same_step_and_a_resumed_run_equals
     output = job.communicate(timeout=60)[0]
     logs = [(tmp_path / 'log' / f'workerlog.{rank}').read_text() for rank in range(2)]
     assert 'stopped after step' in logs[0] and not any('Traceback' in log for log in logs), output + ''.join(logs)
-    stopped = checkpoint(folder)[1]
+    stopped = last_checkpoint(folder)[1]
     assert stopped['epoch'] == 1 or stopped['step'] >= 2
     run_two_well(*command, '--resume')
-    assert checkpoint(folder) == checkpoint(uninterrupted)
+    assert last_checkpoint(folder) == last_checkpoint(uninterrupted)
     assert without_seconds(folder) == without_seconds(uninterrupted)
     assert len(checkpoint_names(folder)) == 2
 
@@ -264,7 +265,7 @@ def test_a_signal_to_one_process_ends_all_with_its_exit_code(tmp_path, commands)
             started[1].send_signal(signal.SIGINT)
     codes = [process.wait(timeout=60) for process in started]
     assert codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
-    assert checkpoint(tmp_path / 'run')[1]['step'] >= 2
+    assert last_checkpoint(tmp_path / 'run')[1]['step'] >= 2
 
 
 def test_a_folder_in_use_is_refused_to_a_run_of_two(tmp_path, commands):
@@ -291,7 +292,7 @@ def test_parts_of_a_batch_are_the_batch_of_one_process(parts, count):
     images, labels = rng.integers(0, 256, (count, 3, 32, 32), 'uint8'), np.arange(count)
     for settings in (dict(shuffle=True, augment=True, cutout_length=8), dict(shuffle=False)):
         whole, *made = (reader.Batches(images, labels, 8, (0.5,) * 3, (0.25,) * 3, seed=0, shard=shard, **settings)
-                        for part in [(0, 1), *((number, parts) for number in range(parts))])
+                        for shard in [(0, 1), *((number, parts) for number in range(parts))])
         for step in range(len(whole)):
             for draw in ('batch', 'random_batch'):
                 expected = getattr(whole, draw)(1, step)
@@ -313,7 +314,7 @@ def test_parts_of_a_batch_of_pictures_are_the_batch_of_one_process(tmp_path, aug
             return function(paths, key, augment, mine)
 
     whole, *made = (imagenet_reader.ImageBatches(samples, 5, Workers(), seed=0, shuffle=False, augment=augment,
-                                                 shard=shard) for part in ((0, 1), (0, 2), (1, 2)))
+                                                 shard=shard) for shard in ((0, 1), (0, 2), (1, 2)))
     for step in (0, 1, len(whole) - 1):                          # 216 pictures: the last batch has 1
         images, labels = whole.batch(0, step)
         pieces = [each.batch(0, step) for each in made]

@@ -10,7 +10,7 @@ import export_model
 import genotypes
 import pictures
 import reader
-from engine import checkpoint, trainer
+from engine import checkpoint
 from model import NetworkCIFAR, NetworkImageNet
 from predict import Predictor
 from runs import assert_one_line, run, run_well

@@ -33,7 +33,7 @@ def run_edge(kind, channels, stride, weights, x, direction, training):
         layout.unpack(theta)
         if layout.statistics.size:
             layout.statistics.unpack(store.variable('statistics'))
-        output = build_operation(layout.blocks[0].tensor)
+        output = build_operation(layout.groups[0].tensor)
         gradient, = paddle.static.gradients([paddle.sum(output * store.input('direction', direction.shape))], [theta])
         if layout.statistics.size and training:
             store.assign('statistics', layout.statistics.pack())

@@ -15,7 +15,7 @@ import train_imagenet
 import train_search
 from engine import checkpoint, trainer
 from model import NetworkCIFAR, network_of
-from runs import assert_one_line, checkpoint, history, run, run_well, stop_at, without_seconds
+from runs import assert_one_line, last_checkpoint, history, run, run_well, stop_at, without_seconds
 
 SMALL = ['--init_channels', '4', '--layers', '3', '--use_gpu', 'False']
 
@@ -93,9 +93,9 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, finished
     script, uninterrupted, _ = finished
     command = [*commands[script][0], '--model_save_dir', tmp_path / 'run', '--epochs', '3']
     stop_at('epoch 2 step 2/', *command, '--report_freq', '2')
-    assert checkpoint(tmp_path / 'run')[1]['epoch'] == 1
+    assert last_checkpoint(tmp_path / 'run')[1]['epoch'] == 1
     run_well(*command, '--resume', '--num_workers', '0')
-    assert checkpoint(tmp_path / 'run') == checkpoint(uninterrupted)
+    assert last_checkpoint(tmp_path / 'run') == last_checkpoint(uninterrupted)
     assert without_seconds(tmp_path / 'run') == without_seconds(uninterrupted)
     for name in ('best.npz', 'last.npz'):
         (about, ours), (_, theirs) = (checkpoint.read_weights(folder / name) for folder in (tmp_path / 'run', uninterrupted))
@@ -202,7 +202,7 @@ def test_weights_of_another_network_are_refused(finished, commands):
     assert_one_line(run(*command, '--init_channels', '6'), 'weight stem', 'has shape', 'expected')
     assert_one_line(run(*command, '--layers', '4'), "weight 'cells.", 'is missing')
     assert_one_line(run(*command, '--arch', 'DARTS_V2'), 'weight')
-    checkpoint_path = folder / checkpoint(folder)[0]
+    checkpoint_path = folder / last_checkpoint(folder)[0]
     assert_one_line(run(*command[:-1], checkpoint_path), 'it is a checkpoint', 'best.npz')
 
 

@@ -12,7 +12,7 @@ import train_search
 from engine import checkpoint, trainer
 import utils
 from model_search import Supernet
-from runs import (assert_one_line, checkpoint, checkpoint_names, history, run, run_well, stop_at,
+from runs import (assert_one_line, last_checkpoint, checkpoint_names, history, run, run_well, stop_at,
                   without_seconds)
 
 SMALL = ['--dataset', 'fashion_mnist_sample', '--init_channels', '2', '--layers', '3', '--batch_size', '10',
@@ -80,10 +80,10 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, data, se
     folder = tmp_path / 'search'
     flags = ['--data', data, '--epochs', '2']
     stop_at('epoch 1 step 5/12', *command(folder, *flags, '--report_freq', '5'))
-    stopped_at = checkpoint(folder)[1]
+    stopped_at = last_checkpoint(folder)[1]
     assert stopped_at['epoch'] == 0 and 5 <= stopped_at['step'] < 12
     run_well(*command(folder, *flags, '--resume', '--num_workers', '0'))
-    assert checkpoint(folder) == checkpoint(uninterrupted)
+    assert last_checkpoint(folder) == last_checkpoint(uninterrupted)
     assert without_seconds(folder) == without_seconds(uninterrupted)
 
 
@@ -133,7 +133,7 @@ def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, whole, crash_after
         tiny_search(broken, crash_after=crash_after)
     # Checkpoints stand before step 1, after 2 and at the end of the epoch.
     assert tiny_search(broken, resume=True) == 6 - {0: 0, 1: 0, 2: 2, 3: 3, 5: 5}[crash_after]
-    assert checkpoint(broken) == checkpoint(whole)
+    assert last_checkpoint(broken) == last_checkpoint(whole)
     assert without_seconds(broken) == without_seconds(whole)
     assert len(checkpoint_names(broken)) == 2
 
@@ -156,8 +156,8 @@ def test_a_search_can_start_with_the_weights_and_alphas_of_another(tmp_path, dat
 def test_a_seed_repeats_itself_and_another_does_not(tmp_path, whole):
     for seed in (0, 1):
         tiny_search(tmp_path / str(seed), seed=seed)
-    assert checkpoint(tmp_path / '0') == checkpoint(whole)
-    assert checkpoint(tmp_path / '1')[2]['alphas'] != checkpoint(whole)[2]['alphas']
+    assert last_checkpoint(tmp_path / '0') == last_checkpoint(whole)
+    assert last_checkpoint(tmp_path / '1')[2]['alphas'] != last_checkpoint(whole)[2]['alphas']
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole, capsys):
@@ -170,10 +170,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
     (folder / names[-1]).write_bytes(content)
     assert tiny_search(folder, resume=True) == 3
     assert f'{names[-1]} is damaged' in capsys.readouterr().out
-    assert checkpoint(folder) == checkpoint(whole)
+    assert last_checkpoint(folder) == last_checkpoint(whole)
     assert tiny_search(folder, resume=True) == 0
     assert 'epochs were done already' in capsys.readouterr().out
-    assert checkpoint(folder) == checkpoint(whole)
+    assert last_checkpoint(folder) == last_checkpoint(whole)
 
     for name in checkpoint_names(folder):
         (folder / name).write_bytes((folder / name).read_bytes()[:1000])

@@ -20,9 +20,9 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import utils                       # before paddle: it quiets what paddle says while it is imported
+import utils
 
 import numpy as np
 from PIL import Image, ImageEnhance

@@ -29,10 +29,10 @@ import zipfile
 import zlib
 from collections import namedtuple
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import utils                       # before paddle: it quiets what paddle says while it is imported
+import utils
 
 import numpy as np
 from PIL import Image
@@ -41,7 +41,7 @@ import convert_weights
 import genotypes
 import imagenet_reader
 import reader
-from engine import checkpoint, trainer
+from engine import checkpoint, console
 from model import NetworkCIFAR
 from model_search import Supernet
 from utils import UserError
@@ -245,7 +245,7 @@ def npz_subjects(folder):
     network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False)
     weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
                'mean': [0.5] * 3, 'std': [0.25] * 3}
-    checkpoint = npz(about, dict(state, velocity=rng.normal(size=3000), adam_steps=np.array(3)))
+    content = npz(about, dict(state, velocity=rng.normal(size=3000), adam_steps=np.array(3)))
 
     def read_checkpoint():
         about, state = checkpoint.read_checkpoint(path)
@@ -263,7 +263,7 @@ def npz_subjects(folder):
         assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in weights.values())
         return comparable(weights)
 
-    for name, original, read in (('checkpoint', checkpoint, read_checkpoint),
+    for name, original, read in (('checkpoint', content, read_checkpoint),
                                  ('weights', npz(weights, network.weights()), read_weights),
                                  ('checkpoint of a supernet', npz(about, state), read_supernet)):
         yield Subject(f'{name} (.npz)', path, original, read, True, as_is)

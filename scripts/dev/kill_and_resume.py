@@ -20,16 +20,16 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import utils                       # before paddle: it quiets what paddle says while it is imported
+import utils
 
 import numpy as np
 
 import make_sample
 import reader
-from engine import checkpoint, trainer
+from engine import checkpoint
 from utils import UserError
 
 SCRIPTS = ('train_search.py', 'train.py')
