@@ -17,12 +17,10 @@ import json
 import logging
 import mmap
 import os
-import pickle
 import re
 import resource
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -344,40 +342,6 @@ def read_dataset(name, folder):
     return comparable(data[2:7])
 
 
-def cifar_subjects(folder):
-    """The archive of CIFAR-10 and a batch that it unpacks to."""
-    source, rng = reader.DATASETS['cifar10'], np.random.default_rng(0)
-    files = {name: pickle.dumps({b'data': rng.integers(0, 256, (2, 3072), 'uint8'), b'labels': [3, 9],
-                                 b'filenames': [b'a.png', b'b.png']}, protocol=2)
-             for name in source.train + source.test}
-    files[source.meta] = pickle.dumps({b'label_names': [each.encode() for each in source.class_names]}, protocol=2)
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode='w', format=tarfile.GNU_FORMAT) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f'{source.folder}/{name}')
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    packed, unpacked = (os.path.join(folder, name) for name in ('packed', 'unpacked'))
-    os.makedirs(packed)
-    os.makedirs(unpacked)
-    path = os.path.join(packed, os.path.basename(source.url))
-
-    def pack(content):
-        return gzip.compress(content, 1)
-
-    def read():
-        return read_dataset('cifar10', packed)
-
-    yield Subject('archive of CIFAR-10', path, pack(tar.getvalue()), read, True, as_is)
-    yield Subject('archive of CIFAR-10, inside', path, tar.getvalue(), read, False, pack)
-    for name, content in files.items():
-        with open(os.path.join(unpacked, name), 'wb') as file:
-            file.write(content)
-    for name in (source.train[0], source.meta):
-        yield Subject(f'file of CIFAR-10: {name}', os.path.join(unpacked, name), files[name],
-                      lambda: read_dataset('cifar10', unpacked), False, as_is)
-
-
 def idx_subjects(folder):
     """Files of Fashion-MNIST, packed and not."""
     rng = np.random.default_rng(0)
@@ -433,7 +397,7 @@ def picture_subjects(folder):
 
 
 def subjects(folder):
-    for make in (npz_subjects, torch_subjects, text_subjects, cifar_subjects, idx_subjects, picture_subjects):
+    for make in (npz_subjects, torch_subjects, text_subjects, idx_subjects, picture_subjects):
         yield from make(folder)
 
 
