@@ -20,8 +20,6 @@ import struct
 import tarfile
 import threading
 import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -444,27 +442,3 @@ def cutout(images: np.ndarray, draws: Augmentation, length: int) -> None:
     height, width = images.shape[2:]
     square = covered(draws.y, height)[:, :, None] & covered(draws.x, width)[:, None, :]
     images *= ~square[:, None]
-
-
-def prefetch(function, steps, num_workers=2, depth=None):
-    """Yields function(step) for each of `steps`, in order, computed ahead by num_workers threads.
-
-    At most `depth` (2 * num_workers) are ready or under way while one is in use. With 0 workers each is
-    computed when it is asked for. What a worker raises is raised at its step. Closing the generator
-    waits only for what is being computed at that moment.
-    """
-    if not num_workers:
-        yield from map(function, steps)
-        return
-    pool, ahead, depth = ThreadPoolExecutor(num_workers), deque(), depth or 2 * num_workers
-    try:
-        for step in steps:
-            ahead.append(pool.submit(function, step))
-            if len(ahead) > depth:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        for future in ahead:
-            future.cancel()
-        pool.shutdown()

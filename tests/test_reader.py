@@ -9,8 +9,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 from unittest import mock
 
 import numpy as np
@@ -366,64 +364,3 @@ def test_invalid_settings_and_steps_are_refused():
     for drop_last, step in ((True, 6), (True, -1), (False, 7), (False, -1)):
         with pytest.raises(IndexError):
             batches(drop_last=drop_last).batch(0, step)
-
-
-def test_neither_workers_nor_a_stop_change_the_batches():
-    options = dict(augment=True, cutout_length=16, count=200)
-
-    def run(first, workers):
-        these = batches(**options)
-        both = reader.prefetch(lambda step: (*these.batch(1, step), *these.random_batch(1, step)),
-                               range(first, len(these)), workers)
-        return [array for step in both for array in step]
-    whole = run(0, 0)
-    assert len(whole) == 25 * 4
-    for first, workers in ((0, 1), (0, 4), (7, 0), (7, 3)):
-        resumed = run(first, workers)
-        assert len(resumed) == len(whole) - 4 * first
-        assert all(np.array_equal(a, b) for a, b in zip(whole[4 * first:], resumed))
-
-
-@pytest.mark.parametrize('workers', [0, 1, 3])
-def test_prefetch_keeps_the_order_and_raises_at_the_right_step(workers):
-    def work(step):
-        time.sleep(0.002 * (step % 3))
-        if step == 7:
-            raise ValueError('seven')
-        return step * step
-    results = reader.prefetch(work, range(20), workers)
-    assert [next(results) for _ in range(7)] == [n * n for n in range(7)]
-    with pytest.raises(ValueError, match='seven'):
-        next(results)
-
-
-@pytest.mark.parametrize('depth, most', [(None, 5), (1, 2), (8, 9)])
-def test_prefetch_works_ahead_but_not_without_end(depth, most):
-    asked = []
-    results = reader.prefetch(lambda step: asked.append(step) or step, range(1000), 2, depth)
-    for taken in range(1, 4):
-        assert next(results) == taken - 1
-        time.sleep(0.05)
-        assert taken < len(asked) == most + taken - 1
-    results.close()
-    assert len(asked) <= most + 2 and not [t for t in threading.enumerate() if 'ThreadPool' in t.name]
-
-
-def test_closing_prefetch_waits_only_for_what_is_under_way():
-    asked = []
-
-    def work(step):
-        asked.append(step)
-        time.sleep(0.1)
-    results = reader.prefetch(work, range(100), 2, depth=20)
-    next(results)
-    started = time.time()
-    results.close()
-    assert time.time() - started < 0.5 and len(asked) <= 5
-
-
-def test_a_program_that_leaves_prefetch_open_ends():
-    code = ("import itertools, time, reader; results = reader.prefetch(lambda n: time.sleep(0.01) or n, "
-            "itertools.count(), 3); print(next(results), next(results))")
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=20, stdout=subprocess.PIPE)
-    assert done.returncode == 0 and done.stdout.split() == [b'0', b'1']
