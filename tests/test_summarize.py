@@ -43,7 +43,7 @@ def test_the_summary_has_cells_accuracies_and_existing_pictures(folder):
         '0 = sep_conv_3x3(c_{k-2}) + sep_conv_3x3(c_{k-1})', '1 = sep_conv_3x3(c_{k-2}) + sep_conv_3x3(c_{k-1})',
         '2 = sep_conv_3x3(c_{k-1}) + skip_connect(c_{k-2})', '3 = skip_connect(c_{k-2}) + dil_conv_3x3(0)',
         'c_k = concat(0, 1, 2, 3)']
-    assert '1 = skip_connect(0) + max_pool_3x3(c_{k-1})' in lines[lines.index('Reduction cell'):]
+    assert '1 = skip_connect(0) + max_pool_3x3(c_{k-1})' in lines[lines.index('Reduction cell', start):]
     assert 'search      2 epochs, validation top-1 50.0 %' in lines
     assert 'training    3 epochs, test top-1 68.8 %, 87.5 % in the best epoch' in lines
     assert 'genotype    q/search/genotype.json' in lines and 'weights     q/train/last.npz' in lines

@@ -76,8 +76,10 @@ def check_cell(kind, cell, concat, nodes, edges):
         assert np.hypot(*edge['tip'] - edge['curve'][-1]) < 9
         if edge['text']:
             place, size = np.array(edge['lp'].split(','), float), np.array([visualize.OP_WIDTH, visualize.OP_HEIGHT])
-            assert np.hypot(*(edge['curve'] - place).T).min() < 2
-            assert edge['color'] == visualize.COLOURS[edge['text']]
+            assert np.hypot(*(edge['curve'] - place).T).min() < 2 and edge['color'] == visualize.COLOURS[edge['text']]
+            twice = [(other['tail'], other['head']) for other in edges].count((edge['tail'], edge['head'])) > 1
+            above, state = place[1] > nodes[edge['head']]['at'][1], edge['tail'][-1]
+            assert twice or state not in '01' or above == (state == '0'), 'c_{k-2} has to be above, c_{k-1} below'
             for other in edges:
                 assert other is edge or (np.abs(other['curve'] - place) > size / 2).any(axis=1).all()
             boxes.append((place, size))
@@ -94,8 +96,7 @@ def test_a_picture_shows_the_genotype(name):
     for kind, title in (('normal', 'Normal cell'), ('reduce', 'Reduction cell')):
         check_cell(kind, getattr(genotype, kind), getattr(genotype, kind + '_concat'), nodes, edges)
         assert nodes[f'{kind}_title']['text'] == title
-    assert nodes['title']['text'] == name
-    assert nodes['reduce_2']['at'][1] > nodes['normal_2']['at'][1], 'the reduction cell has to be on top'
+    assert nodes['title']['text'] == name and nodes['reduce_2']['at'][1] > nodes['normal_2']['at'][1]
     places, sizes = (np.array([node[key] for node in nodes.values()]) for key in ('at', 'size'))
     room = np.array([drawing.width, drawing.height]) - sizes / 2
     assert ((places > sizes / 2 - 0.01) & (places < room + 0.01)).all(), 'outside of the picture'
@@ -163,9 +164,8 @@ def test_one_palette_keeps_areas_exact_and_edges_near():
         image[40:] = 255 - np.arange(80)[:, None] * rng.uniform(0, 3, (20, 1, 3))          # thousands of shades
     converted = visualize.with_one_palette([Image.fromarray(image) for image in images])
     assert len({tuple(image.getpalette()) for image in converted}) == 1
-    for image, given in zip(converted, images):
-        result = np.array(image.convert('RGB'))
-        assert (result[:40] == given[:40]).all() and np.abs(result.astype(int) - given).mean() < 5
+    results = np.array([image.convert('RGB') for image in converted])
+    assert (results[:, :40] == images[:, :40]).all() and np.abs(results.astype(int) - images).mean() < 3
 
 
 @pytest.mark.parametrize('epochs, spread', [(1, 0.01), (5, 3.0), (50, 0.01)])
@@ -238,9 +238,8 @@ def test_bad_files_and_flags_end_in_one_line(tmp_path, monkeypatch, run, flags, 
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / flags.split()[0]).write_text(content, errors='surrogateescape')
-    present = os.listdir()
     assert_one_line(run(*flags.split()), reason)
-    assert os.listdir() == present
+    assert len(os.listdir()) == (content is not None), 'a picture was written'
 
 
 def test_missing_tools_end_in_one_line_with_the_remedy(tmp_path, monkeypatch, run):
