@@ -17,7 +17,11 @@ step() {
     doing=$1
     printf '\n=== %s\n' "$doing"
 }
-trap 'status=$?; [ $status = 0 ] || echo "quickstart: stopped (exit code $status) at ${doing%% (*}; run the same command again to continue" >&2' EXIT
+finish() {
+    local status=$?
+    [ $status = 0 ] || echo "quickstart: stopped (exit code $status) at ${doing%% (*}; run it again to continue" >&2
+}
+trap finish EXIT
 
 step "1/5 looking for system packages"
 missing=()
