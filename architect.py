@@ -7,9 +7,10 @@ One step of the weight optimizer approximates w*: w' = w - xi (mu v + grad_w L_t
     d_alpha = grad_alpha L_val(w', alpha) - xi * h
     h = (grad_alpha L_train(w + eps u, alpha) - grad_alpha L_train(w - eps u, alpha)) / (2 eps)
 
-with u = grad_w' L_val(w', alpha) and eps = 0.01 / ||u||: h is the product of u and the mixed second derivative of L_train,
-by central differences. Each gradient is a run of the one supernet program; the programs built here are the vector
-arithmetic in between, on the device. With several ranks each run sees a shard of the batch and the gradients are averaged.
+with u = grad_w' L_val(w', alpha) and eps = 0.01 / ||u||: h is the product of u and the mixed second derivative of
+L_train, by central differences. Each gradient is a run of the one supernet program; the programs built here are the vector
+arithmetic in between, on the device. With several ranks each run sees a shard of the batch and the gradients are
+averaged.
 """
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ PERTURBATION = 0.01              # r in eps = r / ||u||
 class Architect:
     """Updates alpha of a supernet by Adam on the first- or second-order gradient.
 
-    optimizer: the MomentumSGD that trains the weights of the supernet; the virtual step takes its rule and velocity. None
-    creates one with the defaults of the search.
-    arch_learning_rate, arch_weight_decay: Adam's learning rate, and the L2 decay of alpha that is added to the gradient.
+    optimizer: the MomentumSGD that trains the weights of the supernet; the virtual step takes its rule and velocity.
+    None creates one with the defaults of the search.
+    arch_learning_rate, arch_weight_decay: Adam's learning rate, and the L2 decay that is added to the gradient.
     unrolled: True for the second order, False for grad_alpha L_val(w, alpha) at the current weights.
     """
 

@@ -124,8 +124,8 @@ def dumps(genotype: Genotype) -> str:
 def check(fields: dict) -> Genotype:
     """Returns the Genotype of a mapping with its four fields.
 
-    Raises ValueError for a missing or additional field, an unknown operation, an edge from a state that does not precede
-    its node, and a concat that names other states than nodes.
+    Raises ValueError for a missing or additional field, an unknown operation, an edge from a state that does not
+    precede its node, and a concat that names other states than nodes.
     """
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
         raise ValueError(f"its fields have to be {', '.join(Genotype._fields)}")
@@ -171,7 +171,7 @@ def entropy(weights: np.ndarray) -> float:
 
 
 def skip_connects(genotype: Genotype) -> int:
-    """Returns the number of skip_connect in the normal cell: searches drift towards them, and many make a poor network."""
+    """Returns the number of skip_connect in the normal cell, towards which searches drift."""
     return sum(operation == 'skip_connect' for operation, _ in genotype.normal)
 
 
@@ -183,9 +183,9 @@ def edge_names() -> list[str]:
 def derive(alphas_normal: np.ndarray, alphas_reduce: np.ndarray) -> Genotype:
     """Returns the genotype of alpha [14, 8] of both kinds of cell (arXiv 1806.09055, section 2.4).
 
-    The strength of an edge is the largest softmax weight among its operations other than none, with the softmax over all
-    8. Each node keeps its two strongest edges, the stronger first, and on each its strongest operation other than none.
-    With ties the lower index wins.
+    The strength of an edge is the largest softmax weight among its operations other than none, with the softmax over
+    all 8. Each node keeps its two strongest edges, the stronger first, and on each its strongest operation other than
+    none. With ties the lower index wins.
     """
     return Genotype(_derive_cell(alphas_normal), tuple(range(2, 2 + NODES)),
                     _derive_cell(alphas_reduce), tuple(range(2, 2 + NODES)))

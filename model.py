@@ -1,8 +1,8 @@
 """The discrete network of a genotype as static programs.
 
-`NetworkCIFAR` and `NetworkImageNet` differ in stem and auxiliary head. Each has a training program (statistics of the batch,
-drop path, auxiliary head) and an evaluation program (running statistics). The weights are one vector theta, the running
-statistics another; their parts are named as in the authors' PyTorch code.
+`NetworkCIFAR` and `NetworkImageNet` differ in stem and auxiliary head. Each has a training program (statistics of the
+batch, drop path, auxiliary head) and an evaluation program (running statistics). The weights are one vector theta, the
+running statistics another; their parts are named as in the authors' PyTorch code.
 """
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Cell:
         # Drop path applies to all edges but identities.
         self.droppable = [name != 'skip_connect' or stride == 2 for name, stride in zip(names, strides)]
         self.concat, self.channels_out = concat, len(concat) * channels
-        # For the compiled operator: its attributes, and the weights with one tensor per shape of kernels, in the order of
-        # their declaration.
+        # For the compiled operator: its attributes, and the weights with one tensor per shape of kernels, in the order
+        # of their declaration.
         self.attributes = dict(operations=names, states=self.states, concat=concat, channels=channels,
                                reduction=reduction, reduction_prev=reduction_prev)
         self.weights = self.running = None
@@ -223,7 +223,10 @@ class Network(FlatNetwork):
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias), auxiliary_logits
 
     def _smoothed_loss(self, logits, labels):
-        """Returns the cross entropy with (1 - e) one_hot + e / classes, e = label_smooth (arXiv 1512.00567, section 7)."""
+        """Returns the cross entropy with (1 - e) one_hot + e / classes, e = label_smooth.
+
+        arXiv 1512.00567, section 7.
+        """
         if not self.label_smooth:
             return F.cross_entropy(logits, labels)
         targets = F.one_hot(paddle.flatten(labels), self.classes).astype(logits.dtype)
@@ -250,8 +253,8 @@ class Network(FlatNetwork):
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
         """Sets all weights and running statistics from {name: array}.
 
-        An auxiliary head that is missing there keeps its weights; one that this network lacks is ignored. Raises UserError
-        for any other weight that is missing, unknown or of a wrong shape.
+        An auxiliary head that is missing there keeps its weights; one that this network lacks is ignored. Raises
+        UserError for any other weight that is missing, unknown or of a wrong shape.
         """
         if not self.auxiliary_head:
             weights = {name: array for name, array in weights.items() if not name.startswith(AUXILIARY)}
@@ -321,14 +324,15 @@ class NetworkImageNet(Network):
 def network_of(genotype: Genotype, weights: dict[str, np.ndarray], **settings) -> Network:
     """Returns the network of a genotype with the weights {name: array}.
 
-    Kind of network, channels, classes, cells and auxiliary head follow from names and shapes of the weights. settings: of
-    Network. Raises UserError for weights that are missing, unknown or of a wrong shape.
+    Kind of network, channels, classes, cells and auxiliary head follow from names and shapes of the weights. settings:
+    of Network. Raises UserError for weights that are missing, unknown or of a wrong shape.
     """
     def shape(name: str, dimensions: int) -> tuple:
         if name not in weights:
             raise UserError(f"weight {name!r} is missing")
         if np.ndim(weights[name]) != dimensions or not np.size(weights[name]):
-            raise UserError(f"weight {name} has shape {list(np.shape(weights[name]))}, expected {dimensions} dimensions")
+            raise UserError(f"weight {name} has shape {list(np.shape(weights[name]))}, expected {dimensions} "
+                            "dimensions")
         return np.shape(weights[name])
 
     if 'stem0.0.weight' in weights:

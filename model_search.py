@@ -14,17 +14,17 @@ A cell, edge by edge (tests/reference/supernet.py is this definition as a progra
 
 The same function, batched, in a fraction of the operators:
 
-    edge by edge                                       | batched
-    ---------------------------------------------------|------------------------------------------------------------------
-    a weight per operation and edge                    | one vector theta; groups of equal shape are neighbours in it
-    a depthwise convolution per edge                   | one over the concatenated channels of all edges that leave a state
-    a 1x1 convolution per edge                         | one grouped convolution, a group per edge
-    a batch normalisation per edge, times softmax      | one over all channels, with softmax(alpha) as its scale
-    a pool per edge                                    | one per state: pools have no weights
-    a weighted sum over pools and skip_connect         | one 1x1 convolution whose kernel is softmax(alpha)
+    edge by edge                                  | batched
+    ----------------------------------------------|--------------------------------------------------------------
+    a weight per operation and edge               | one vector theta; groups of equal shape are neighbours in it
+    a depthwise convolution per edge              | one over the concatenated channels of all edges from a state
+    a 1x1 convolution per edge                    | one grouped convolution, a group per edge
+    a batch normalisation per edge, times softmax | one over all channels, with softmax(alpha) as its scale
+    a pool per edge                               | one per state: pools have no weights
+    a weighted sum over pools and skip_connect    | one 1x1 convolution whose kernel is softmax(alpha)
 
-The supernet is a pure function (theta, alphas, images, labels) -> loss, top-1, top-5, gradients; alphas is [2, 14, 8] for
-both kinds of cell. On the CPU a compiled operator computes a cell, where it is available (engine/custom_ops).
+The supernet is a pure function (theta, alphas, images, labels) -> loss, top-1, top-5, gradients; alphas is [2, 14, 8]
+for both kinds of cell. On the CPU a compiled operator computes a cell, where it is available (engine/custom_ops).
 tests/test_model_search.py compares both ways with the edge-by-edge reference.
 """
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Cell:
                                      weight_gradients, BN_EPSILON)
 
     def batched(self, x):
-        """Adds the mixed operations of both input states x [N, 2 * C, H, W], all edges of a group of states together."""
+        """Adds the mixed operations of both input states x [N, 2 * C, H, W], batched by groups of states."""
         nodes, sums = [], []          # sums: contributions of the states so far to the incomplete nodes
         for mixed in self.mixed:
             sums = mixed(x) + sums
@@ -162,16 +162,16 @@ class Cell:
 class Supernet(FlatNetwork):
     """The supernet on one device, with its weights and its alpha.
 
-    channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype: 'float32'
-    or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4; place: the device,
-    the CPU when None; build_programs=False builds no program, for names and shapes only.
+    channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype:
+    'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4; place: the
+    device, the CPU when None; build_programs=False builds no program, for names and shapes only.
     Raises UserError for sizes that cannot be built.
 
     The weights are the vector `theta` of the store, alpha is `alphas` [2, 14, 8] (normal, reduce); `run` leaves the
     gradients of both in `gradient` and `alpha_gradient`, on the device.
 
-    Batch normalisation uses the statistics of the batch, in validation too: alpha rescales the activations in every step,
-    and running statistics would lag behind.
+    Batch normalisation uses the statistics of the batch, in validation too: alpha rescales the activations in every
+    step, and running statistics would lag behind.
 
     >>> import numpy as np
     >>> from architect import Architect

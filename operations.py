@@ -1,10 +1,11 @@
 """The operations of the search space as builders of static graphs.
 
-A class declares its weights when it is created and adds its operators to the program under construction when it is called.
-It computes n edges at once: `prefixes` are the names of the edges, the input is [N, n * C, H, W] with edge e in the channels
-e * C to (e + 1) * C, and the output has the same layout. The supernet batches all edges that leave a state; a discrete
-network has n = 1 (see `operation`). The result is that of n separate operations, in a fraction of the operators: depthwise
-convolution and batch normalisation treat every channel separately, and a pointwise convolution becomes a grouped one.
+A class declares its weights when it is created and adds its operators to the program under construction when it is
+called. It computes n edges at once: `prefixes` are the names of the edges, the input is [N, n * C, H, W] with edge e
+in the channels e * C to (e + 1) * C, and the output has the same layout. The supernet batches all edges that leave a
+state; a discrete network has n = 1 (see `operation`). The result is that of n separate operations, in a fraction of
+the operators: depthwise convolution and batch normalisation treat every channel separately, and a pointwise
+convolution becomes a grouped one.
 """
 from __future__ import annotations
 
@@ -70,8 +71,8 @@ def avg_pool(x, stride: int):
 def batch_norm(x, scale=None, shift=None):
     """Normalises x [N, C, H, W] by the statistics of the batch (arXiv 1502.03167).
 
-    scale, shift: variables [C]; without a scale neither is applied. The supernet passes softmax(alpha) as scale, without a
-    shift: softmax(alpha) * BN(x) needs no operator of its own.
+    scale, shift: variables [C]; without a scale neither is applied. The supernet passes softmax(alpha) as scale,
+    without a shift: softmax(alpha) * BN(x) needs no operator of its own.
     """
     channels = x.shape[1]
     # Paddle requires a scale and a shift, and both or neither with gradients.
@@ -245,8 +246,8 @@ def preprocess(layout: FlatParameters, prefix: str, c_in: int, c_out: int, reduc
 def drop_path_masks(count, edges: int, keep):
     """Returns the factors of edges in drop path (arXiv 1605.07648): a variable [count, edges, 1, 1].
 
-    An element is 1 / keep with probability keep, otherwise 0, so its expectation is 1. keep is a variable [1]. The masks
-    are drawn on the device from the generator that paddle.seed sets.
+    An element is 1 / keep with probability keep, otherwise 0, so its expectation is 1. keep is a variable [1]. The
+    masks are drawn on the device from the generator that paddle.seed sets.
     """
     uniform = paddle.uniform([count, edges, 1, 1], dtype=keep.dtype, min=0.0, max=1.0)
     return (uniform < keep).astype(keep.dtype) / keep

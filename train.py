@@ -68,8 +68,8 @@ class Training:
     """The training of a discrete network, as a task of engine.trainer.run_epochs; train_imagenet.py uses it too.
 
     train, test: batches of the training and of the test set, as reader.Batches; learning_rate: a function of the epoch.
-    best.npz holds the weights of the epoch with the best accuracy on the test set, as in the DARTS code: that accuracy is
-    selected on the test set.
+    best.npz holds the weights of the epoch with the best accuracy on the test set, as in the DARTS code: that accuracy
+    is selected on the test set.
     """
 
     def __init__(self, args: argparse.Namespace, network: Network, train, test, run: Run, data,

@@ -129,8 +129,8 @@ class Run:
     def restore(self, task) -> tuple[int, int, Meter]:
         """Loads the last readable checkpoint into the task and returns the (epoch, step, meter) to continue from.
 
-        Damaged checkpoints are renamed, so that they do not count as one of the last two. Raises UserError when none can
-        be read, and for a checkpoint of other settings or of another version.
+        Damaged checkpoints are renamed, so that they do not count as one of the last two. Raises UserError when none
+        can be read, and for a checkpoint of other settings or of another version.
         """
         damaged = []
         for name in reversed(self.checkpoints()):
@@ -263,8 +263,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, np.ndarray]]:
         raise ValueError("its metadata are not those of a checkpoint")
     version = str(metadata.get('version', '0.1'))
     if version.split('.')[:2] != utils.VERSION.split('.')[:2]:
-        raise UserError(f"{path} was written by version {version[:20]} of this project, this is {utils.VERSION}: finish "
-                        "the run with that version, or start again in another folder (--model_save_dir)")
+        raise UserError(f"{path} was written by version {version[:20]} of this project, this is {utils.VERSION}: "
+                        "finish the run with that version, or start again in another folder (--model_save_dir)")
     return metadata, state
 
 

@@ -1,7 +1,7 @@
 """Collective operations between the ranks of a run, which `python -m paddle.distributed.launch` starts.
 
-Each rank computes a shard of every batch; gradients are averaged, so that all ranks take the same step. With a world size
-of 1 every operation returns its argument at once.
+Each rank computes a shard of every batch; gradients are averaged, so that all ranks take the same step. With a world
+size of 1 every operation returns its argument at once.
 """
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ Evaluation = namedtuple('Evaluation', 'loss top1 top5')
 class FlatNetwork:
     """A network whose weights are the vector `theta` of a store.
 
-    A subclass declares its weights in `layout`, then calls `_allocate`. From then on `store` holds theta, its `gradient`
-    and, if the network has them, its running `statistics`.
+    A subclass declares its weights in `layout`, then calls `_allocate`. From then on `store` holds theta, its
+    `gradient` and, if the network has them, its running `statistics`.
     """
 
     def __init__(self, classes: int, image_size: int, layout: FlatParameters):

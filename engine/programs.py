@@ -1,8 +1,8 @@
 """Named vectors on a device, and the static programs that read and write them.
 
 A `VariableStore` keeps the vectors; a `StaticProgram` is compiled once over a store and run as often as needed. Vectors
-stay on the device between runs. The store also declares which of them are the state of a run: what `set(..., saved=True)`
-has created, and the numbers in `host_state`, survive a resume.
+stay on the device between runs. The store also declares which of them are the state of a run: vectors created with
+saved=True, and the numbers in `host_state`, survive a resume.
 """
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ class VariableStore:
 class StaticProgram:
     """A static program over the vectors of a store, compiled once.
 
-    build: is called with the program as the default program and returns the list of variables to fetch. A call takes the
-    inputs by name (numpy arrays or `VariableStore.tensor`) and returns the fetched values as numpy arrays.
+    build: is called with the program as the default program and returns the list of variables to fetch. A call takes
+    the inputs by name (numpy arrays or `VariableStore.tensor`) and returns the fetched values as numpy arrays.
     """
 
     def __init__(self, store: VariableStore, build: Callable[[], list]):
@@ -120,7 +120,7 @@ class StaticProgram:
             self.fetches = build()
         _constants.clear()
         _simplify(self.program)
-        # One executor per program: an executor caches eight prepared programs and would prepare the others at each call.
+        # One executor per program: an executor caches eight prepared programs and prepares others at each call.
         self._executor = paddle.static.Executor(store.place)
         self.operators = len(self.program.global_block().ops)
 

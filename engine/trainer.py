@@ -15,8 +15,8 @@ A script describes what it trains as a task, an object with
 and calls `run_epochs`. Batches and everything else that is random depend on (seed, epoch, step) alone, so a checkpoint
 needs no state of a random generator and a resumed run is bit-identical.
 
-With several ranks (distributed.py) `batch` returns the rank's shard, `train_step` leaves the same state on all ranks, and
-rank 0 writes.
+With several ranks (distributed.py) `batch` returns the rank's shard, `train_step` leaves the same state on all ranks,
+and rank 0 writes.
 """
 from __future__ import annotations
 
@@ -229,9 +229,9 @@ def prefetch(function: Callable[[int], Any], steps: Iterable[int], num_workers: 
              depth: int | None = None) -> Iterator:
     """Yields function(step) for each of `steps`, in order, computed ahead by num_workers threads.
 
-    At most `depth` (2 * num_workers) results are ready or in progress while one is in use. With 0 workers each result is
-    computed on demand. An exception of a worker is raised at its step. Closing the generator waits only for the calls in
-    progress.
+    At most `depth` (2 * num_workers) results are ready or in progress while one is in use. With 0 workers each result
+    is computed on demand. An exception of a worker is raised at its step. Closing the generator waits only for the
+    calls in progress.
     """
     if not num_workers:
         yield from map(function, steps)

@@ -1,7 +1,7 @@
 """Compiled operators for the CPU (README.md in this folder), built once per machine and kept in a cache.
 
-`enable()` builds or finds them and switches them on; programs that are built from then on use them. Without a compiler, on
-a GPU, or after `enable(False)` Paddle's own operators compute the same function.
+`enable()` builds or finds them and switches them on; programs that are built from then on use them. Without a
+compiler, on a GPU, or after `enable(False)` Paddle's own operators compute the same function.
 """
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
     running [R]: mean and variance of each normalisation. masks: None, or [N, E, 1, 1], factors of the results of the E
     edges other than identities. weights: a tensor [rows, columns, k, k] for each pair (columns, k), and one [R] with
     scale and shift of each normalisation; rows in the order in which model.Cell declares them. operations: names from
-    OPERATIONS, two per node; states: the input of each; concat: the states in the output; training: whether to normalise
-    by the batch and update the running statistics.
+    OPERATIONS, two per node; states: the input of each; concat: the states in the output; training: whether to
+    normalise by the batch and update the running statistics.
     Returns the output [N, len(concat) * channels, H', W'] and the running statistics. Raises ValueError for a height or
     width that a reduction cell cannot halve.
     """
@@ -130,8 +130,11 @@ def _load() -> bool:
 
 
 def threads() -> int:
-    """Returns the number of threads of an operator: OMP_NUM_THREADS if the user has set it, else the cores of the machine
-    divided by the processes that paddle.distributed.launch has started on it (launch sets OMP_NUM_THREADS to 1)."""
+    """Returns the number of threads of an operator: OMP_NUM_THREADS if the user has set it, otherwise the cores of the
+    machine divided by the processes that paddle.distributed.launch has started on it.
+
+    launch sets OMP_NUM_THREADS to 1, so 1 counts as not set there.
+    """
     processes = int(os.environ.get('PADDLE_LOCAL_SIZE', 0))
     if engine.OMP_NUM_THREADS.isdigit() and int(engine.OMP_NUM_THREADS) > (processes > 0):
         return int(engine.OMP_NUM_THREADS)
