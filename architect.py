@@ -8,9 +8,9 @@ One step of the weight optimizer approximates w*: w' = w - xi (mu v + grad_w L_t
     h = (grad_alpha L_train(w + eps u, alpha) - grad_alpha L_train(w - eps u, alpha)) / (2 eps)
 
 with u = grad_w' L_val(w', alpha) and eps = 0.01 / ||u||: h is the product of u and the mixed second derivative of
-L_train, by central differences. Each gradient is a run of the one supernet program; the programs built here are the vector
-arithmetic in between, on the device. With several ranks each run sees a shard of the batch and the gradients are
-averaged.
+L_train, by central differences. Each gradient is a run of the one supernet program; the programs built here are the
+vector arithmetic in between, on the device. With several ranks each run sees a shard of the batch and the gradients
+are averaged.
 """
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ class Supernet(FlatNetwork):
     """The supernet on one device, with its weights and its alpha.
 
     channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype:
-    'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4; place: the
-    device, the CPU when None; build_programs=False builds no program, for names and shapes only.
+    'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
+    place: the device, the CPU when None; build_programs=False builds no program, for names and shapes only.
     Raises UserError for sizes that cannot be built.
 
     The weights are the vector `theta` of the store, alpha is `alphas` [2, 14, 8] (normal, reduce); `run` leaves the

@@ -16,6 +16,8 @@ def start_log(path: str | None = None) -> None:
     """Sends log lines to the console and, if given, to the file `path`; ranks other than 0 log warnings only."""
     log.setLevel(logging.INFO if distributed.is_main else logging.WARNING)
     log.propagate = False            # Paddle installs a handler on the root logger
+    for handler in log.handlers:
+        handler.close()
     log.handlers = [_Console()]
     if path:
         handler = _LogFile(path, encoding='utf-8')
