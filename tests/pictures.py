@@ -1,4 +1,4 @@
-"""Picture files made from Fashion-MNIST, in ImageNet's layout, at several sizes and in all modes that occur."""
+"""Image files made from Fashion-MNIST, in ImageNet's layout, in several sizes and in all modes that occur."""
 import os
 
 import numpy as np
@@ -10,7 +10,7 @@ SIZES = ((500, 375), (375, 500), (320, 240), (250, 250), (900, 700), (224, 300))
 
 
 def picture(number, size):
-    """An RGB image of `size` (width, height): a garment in a colour of its own on a shaded ground."""
+    """Returns an RGB image of `size` (width, height): a colored garment on a shaded background."""
     pixels = reader.load('fashion_mnist_sample').train_images[number, 0]
     garment = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), 'float32')[:, :, None] / 255
     colour = np.random.default_rng(number).uniform(80, 255, 3)
@@ -20,7 +20,7 @@ def picture(number, size):
 
 
 def with_orientation(image, orientation):
-    """-> (the image as a camera stores it, EXIF): who applies the orientation sees `image` again."""
+    """Returns the pixels and the EXIF bytes that a camera would store; applying the orientation gives `image`."""
     inverse = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_90',
                7: 'TRANSVERSE', 8: 'ROTATE_270'}
     exif = Image.Exif()
@@ -33,7 +33,7 @@ def save_jpeg(image, path, **settings):
 
 
 def save_as(mode, image, path):
-    """Saves an RGB image in some form that ImageNet or its users have; the names end in .JPEG all the same."""
+    """Saves an RGB image in one of MODES, which occur in ImageNet and in custom data."""
     if mode in ('RGB', 'L', 'CMYK'):
         save_jpeg(image.convert(mode), path)
     elif mode == 'progressive':
@@ -57,7 +57,7 @@ GREY = ('L', 'LA', '16 bits')
 
 
 def make_imagenet(root, classes=3, train=12, valid=5):
-    """train/<class>/ and val/<class>/ under root, each with so many pictures in sizes and modes by turns."""
+    """Writes train/<class>/ and val/<class>/ under root, cycling through SIZES and MODES."""
     labels = reader.load('fashion_mnist_sample').train_labels
     for half, first, count in (('train', 0, train), ('val', train, valid)):
         for label in range(classes):
@@ -69,7 +69,7 @@ def make_imagenet(root, classes=3, train=12, valid=5):
 
 
 def write_lists(root):
-    """train_list.txt and val_list.txt of the folders under root."""
+    """Writes train_list.txt and val_list.txt for the folders under root."""
     for half in ('train', 'val'):
         lines = []
         for label, name in enumerate(sorted(os.listdir(os.path.join(root, half)))):
