@@ -14,7 +14,6 @@ import re
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +32,6 @@ SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff')
 # The admitted contents, whatever the suffix is: for some other formats Pillow runs external programs.
 FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF')
 MAX_PIXELS = 1 << 26                        # of a file; the largest of ImageNet has 61 million
-warnings.filterwarnings('ignore', module=r'PIL\b.*')    # about damaged metadata and about large images
 
 SIZE, SHORT_SIDE = 224, 256                 # input of the network; short side after the resize for validation
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)   # of the random crop

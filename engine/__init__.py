@@ -6,7 +6,8 @@ This file is the only place of the project where importing has side effects on t
 first `import paddle`, so a module that uses Paddle imports something of `engine` first:
 
 * Paddle's C++ library reports its start-up at log level INFO and WARNING: silenced unless GLOG_minloglevel is set.
-* Paddle's Python code raises deprecation warnings against itself: hidden, warnings of all other packages are not.
+* Paddle's Python code raises deprecation warnings against itself, Pillow warns of damaged metadata and of large images:
+  hidden. imagenet_reader reports the images that cannot be read.
 * Paddle sets OMP_NUM_THREADS to 1 where the user has not set it: the user's value is kept in `OMP_NUM_THREADS`.
 * glibc returns freed memory to the system after each step and faults it in again: see `_keep_freed_memory`.
 * Programs are built in static mode: paddle.enable_static().
@@ -33,7 +34,7 @@ def _keep_freed_memory() -> None:
 
 
 os.environ.setdefault('GLOG_minloglevel', '2')
-warnings.filterwarnings('ignore', module=r'paddle\b.*')
+warnings.filterwarnings('ignore', module=r'(paddle|PIL)\b.*')
 _keep_freed_memory()
 
 import paddle  # noqa: E402
