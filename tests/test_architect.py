@@ -6,6 +6,7 @@ import pytest
 
 import architect as architect_module
 from architect import Architect
+from engine import custom_ops
 from engine.optimizers import MomentumSGD
 from model_search import Supernet
 from reference import supernet as reference
@@ -13,21 +14,19 @@ from reference import supernet as reference
 XI, MU, LAMBDA, CLIP = 0.2, 0.9, 3e-2, 5.0
 
 
-@pytest.fixture(scope='module')
-def supernet_of(operators):
-    """dtype -> the supernet of this module, in one of both precisions."""
-    return functools.lru_cache(maxsize=None)(
-        lambda dtype: Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8))
+@functools.cache
+def shared_supernet(compiled, dtype):
+    return Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8)
 
 
 @pytest.fixture
-def make(supernet_of):
+def make(operators):
     """Returns a function of (rng, …) -> supernet, optimizer and architect, in the state in which a new run has them.
 
     Weights are the initial ones; alpha and velocity are random.
     """
     def make(rng, unrolled=True, dtype='float64', grad_clip=CLIP):
-        supernet = supernet_of(dtype)
+        supernet = shared_supernet(custom_ops.enabled(), dtype)
         store = supernet.store
         store.set('theta', supernet.layout.initial(np.random.default_rng(0), dtype))
         supernet.set_alphas({name: rng.normal(0, 0.5, (14, 8)) for name in supernet.alphas()})

@@ -18,10 +18,15 @@ from utils import UserError
 CLASSES = 5
 
 
-@pytest.fixture(scope='module')
+@functools.cache
+def shared_supernet(compiled, *arguments, **settings):
+    return Supernet(*arguments, **settings)
+
+
+@pytest.fixture
 def supernet_of(operators):
     """Supernet, but equal arguments return the same supernet: `randomize` sets all of its weights and alpha."""
-    return functools.lru_cache(maxsize=None)(Supernet)
+    return functools.partial(shared_supernet, custom_ops.enabled())
 
 
 def randomize(supernet, seed=0):

@@ -1,8 +1,7 @@
 """The discrete networks (DARTS, arXiv 1806.09055, sections 3.2 and 3.3), operation by operation.
 
 This is the definition that the tests compare the static programs of model.py with. It runs in Paddle's dynamic mode in
-float64 and shares no code with the programs. Weights and running statistics are {name: array} under the names of the
-authors' code. `Pass` computes one pass over a batch; `train`, `evaluate` and `edge` wrap it for numpy arrays.
+float64 and shares no code with the programs. Weights and running statistics are {name: array}, named as by the authors.
 """
 import contextlib
 from collections import namedtuple
@@ -109,7 +108,7 @@ class Pass:
     """One pass over a batch.
 
     w: {name: tensor}. training: whether to normalise by the batch and record the updated running statistics in
-    `statistics`; otherwise the running statistics normalise. `multiply_adds`: of convolutions and classifiers, per image.
+    `statistics`; otherwise the running statistics normalise. multiply_adds: of convolutions and classifiers, per image.
     """
 
     def __init__(self, w, training):
@@ -129,7 +128,7 @@ class Pass:
             running = mean, variance
             mean = x.mean(axis=[0, 2, 3], keepdim=True)
             variance = ((x - mean) ** 2).mean(axis=[0, 2, 3], keepdim=True)
-            # Paddle on the CPU keeps the variance that it divides by; PyTorch would keep the unbiased estimate.
+            # Paddle on the CPU keeps the variance that it divides by; PyTorch keeps the unbiased estimate.
             for kind, before, now in zip(STATISTICS, running, (mean, variance)):
                 self.statistics[name + kind] = (MOMENTUM * before + (1 - MOMENTUM) * now).flatten().numpy()
         return (x - mean) / paddle.sqrt(variance + EPSILON) * scale + shift
@@ -223,7 +222,7 @@ def smoothed_loss(logits, labels, smoothing):
 
 def tensors(weights, trainable):
     """Returns {name: tensor}; running statistics have no gradients."""
-    return {name: paddle.to_tensor(np.asarray(array, 'float64'), None, None, not trainable or name.endswith(STATISTICS))
+    return {name: paddle.to_tensor(array, 'float64', stop_gradient=not trainable or name.endswith(STATISTICS))
             for name, array in weights.items()}
 
 
