@@ -32,8 +32,11 @@ def available(compiled):
     custom_ops.enable(False)
 
 
-def genotype(*names, states=(0, 1, 0, 2, 1, 3, 2, 4), concat=(3, 5)):
-    """Returns a genotype with two equal cells, whose edges have the operations `names` alternately."""
+def genotype(*names, states=(0, 1, 0, 2, 2, 3), concat=(3, 4)):
+    """Returns a genotype with two equal cells, whose edges have the operations `names` alternately.
+
+    By default an input and a node are read twice, and node 3 is both read and in the output.
+    """
     edges = tuple((names[n % len(names)], state) for n, state in enumerate(states))
     return Genotype(edges, concat, edges, concat)
 
