@@ -1,4 +1,4 @@
-"""Published genotypes, reading and writing, and the derivation from alpha."""
+"""Published genotypes, reading and writing, derivation from alpha."""
 import json
 
 import numpy as np
@@ -7,6 +7,8 @@ import pytest
 import genotypes
 from genotypes import PRIMITIVES
 from utils import UserError
+
+pytestmark = pytest.mark.paddle_free
 
 
 def test_published_genotypes_by_name():
@@ -67,7 +69,7 @@ EDGES = [['skip_connect', 0], ['skip_connect', 1], ['skip_connect', 0], ['skip_c
     ('__import__("os").system("true")', 'holds no genotype'),
     ('\x00\xff', 'holds no genotype'),
 ])
-def test_what_is_no_genotype_is_refused(tmp_path, content, reason):
+def test_invalid_genotypes_are_refused(tmp_path, content, reason):
     path = tmp_path / 'genotype.json'
     path.write_text(content, encoding='latin1')
     with pytest.raises(UserError, match=reason):
@@ -75,7 +77,7 @@ def test_what_is_no_genotype_is_refused(tmp_path, content, reason):
 
 
 def alphas(*strengths):
-    """alpha [14, 8] that is 0 but for (edge, operation, value)."""
+    """Returns alpha [14, 8]: zero except for the given (edge, operation, value)."""
     table = np.zeros((14, 8))
     for edge, operation, value in strengths:
         table[edge, PRIMITIVES.index(operation)] = value
@@ -97,18 +99,18 @@ def test_each_node_keeps_its_two_strongest_edges_the_stronger_first():
     assert genotype.normal_concat == genotype.reduce_concat == (2, 3, 4, 5)
 
 
-def test_of_equals_the_lower_index_wins():
+def test_with_ties_the_lower_index_wins():
     genotype = genotypes.derive(np.zeros((14, 8)), np.full((14, 8), 7.0))
     assert genotype.normal == genotype.reduce == (('max_pool_3x3', 0), ('max_pool_3x3', 1)) * 4
 
 
 def test_none_is_never_chosen_but_weakens_its_edge():
-    table = alphas((2, 'none', 9.0), (2, 'sep_conv_3x3', 3.0),       # strong, but for a dominant none
+    table = alphas((2, 'none', 9.0), (2, 'sep_conv_3x3', 3.0),       # strong without its dominant none
                    (3, 'sep_conv_5x5', 0.2), (4, 'dil_conv_3x3', 0.1))
     genotype = genotypes.derive(table, np.full((14, 8), -1.0) + alphas(*[(e, 'none', 50.0) for e in range(14)]))
     assert genotype.normal[2:4] == (('sep_conv_5x5', 1), ('dil_conv_3x3', 2))
     assert genotype.reduce == (('max_pool_3x3', 0), ('max_pool_3x3', 1)) * 4
 
 
-def test_softmax_survives_large_alpha():
+def test_softmax_of_large_alpha_is_finite():
     assert np.allclose(genotypes.softmax(np.array([[1000.0, 1000.0, -1000.0]])), [[0.5, 0.5, 0.0]])

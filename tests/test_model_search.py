@@ -1,149 +1,172 @@
-"""The batched supernet against the plain one that is built edge by edge (plain.py), in float64."""
+"""The batched supernet against the edge-by-edge reference (tests/reference/supernet.py), in float64."""
 import doctest
+import functools
 
 import numpy as np
 import pytest
 
 import model_search
-from engine import custom_ops
-from reference import supernet as plain
-from reference import supernet_numpy as plain_numpy
+from agreement import scrambled
 from architect import Architect
-from model_search import Supernet
+from engine import custom_ops
 from engine.optimizers import MomentumSGD
+from model_search import Supernet
+from reference import supernet as reference
+from reference import supernet_numpy
 from utils import UserError
 
 CLASSES = 5
 
-pytestmark = pytest.mark.usefixtures('operators')
+
+@functools.cache
+def shared_supernet(compiled, *arguments, **settings):
+    return Supernet(*arguments, **settings)
 
 
-def make(channels, layers, dtype='float64', image_size=8, seed=0):
-    """A supernet, with weights and alpha that leave nothing equal, and a batch."""
+@pytest.fixture
+def supernet_of(operators):
+    """Supernet, but equal arguments return the same supernet: `randomize` sets all of its weights and alpha."""
+    return functools.partial(shared_supernet, custom_ops.enabled())
+
+
+def randomize(supernet, seed=0):
+    """Sets random weights and alpha without equal values; returns both by name, and a random batch of 4 images."""
     rng = np.random.default_rng(seed)
-    supernet = Supernet(channels, CLASSES, layers, dtype, image_size=image_size)
-    weights = {name: array + rng.normal(0, 0.1, array.shape) for name, array in supernet.weights().items()}
+    weights = scrambled(supernet.shapes, rng)
     alphas = {name: rng.normal(0, 1, (14, 8)) for name in supernet.alphas()}
     supernet.set_weights(weights)
     supernet.set_alphas(alphas)
-    batch = rng.normal(size=(4, 3, image_size, image_size)), rng.integers(0, CLASSES, (4, 1))
-    return supernet, weights, alphas, batch
+    size = supernet.image_size
+    return weights, alphas, (rng.normal(size=(4, 3, size, size)), rng.integers(0, CLASSES, (4, 1)))
 
 
-def agree(supernet, weights, alphas, batch, channels, layers, tolerance=1e-9):
-    ours = supernet.gradients(*batch)
-    loss, logits, weight_gradients, alpha_gradients = plain.gradients(weights, alphas, *batch, channels, layers)
-    assert abs(ours.loss - loss) < tolerance
-    assert ours.loss == pytest.approx(supernet.evaluate(*batch).loss, abs=tolerance)
-    order = np.argsort(-logits, axis=1)
-    assert ours.top1 == pytest.approx(np.mean(order[:, :1] == batch[1]))
-    assert ours.top5 == pytest.approx(np.mean((order[:, :5] == batch[1]).any(axis=1)))
-    assert set(ours.weights) == set(weight_gradients)
-    for name, gradient in weight_gradients.items():
-        scale = max(1.0, np.abs(gradient).max())
-        assert np.abs(ours.weights[name] - gradient).max() < tolerance * scale, name
-    for name, gradient in alpha_gradients.items():
-        assert np.abs(ours.alphas[name] - gradient).max() < tolerance * max(1.0, np.abs(gradient).max()), name
-    return ours
+def assert_equals_reference(supernet, weights, alphas, batch, channels, layers, tolerance=1e-9):
+    """Asserts that loss, accuracies and all gradients agree with the reference; returns the supernet's Gradients."""
+    result = supernet.gradients(*batch)
+    loss, logits, weight_gradients, alpha_gradients = reference.gradients(weights, alphas, *batch, channels, layers)
+    assert abs(result.loss - loss) < tolerance
+    assert result.loss == pytest.approx(supernet.evaluate(*batch).loss, abs=tolerance)
+    assert result[1:3] == pytest.approx(supernet_numpy.accuracies(logits, batch[1]))
+    for gradients, expected in ((result.weights, weight_gradients), (result.alphas, alpha_gradients)):
+        assert set(gradients) == set(expected)
+        for name, gradient in expected.items():
+            scale = max(1.0, np.abs(gradient).max())
+            assert np.abs(gradients[name] - gradient).max() < tolerance * scale, name
+    return result
 
 
-# 3 layers: a normal cell and two reduction cells; 6: normal cells after normal and after reduction cells.
-@pytest.mark.parametrize('channels, layers, image_size', [(2, 3, 8), (4, 3, 16), (2, 6, 8)])
-def test_loss_and_all_gradients_equal_the_edge_by_edge_network(channels, layers, image_size):
-    supernet, weights, alphas, batch = make(channels, layers, image_size=image_size)
-    ours = agree(supernet, weights, alphas, batch, channels, layers)
-    assert min(np.abs(gradient).max() for gradient in ours.weights.values()) > 0
-    # none (column 0) has a gradient too, through the softmax.
-    assert all((np.abs(gradient) > 0).all() for gradient in ours.alphas.values())
+# 3 layers: a normal and two reduction cells; 4: a normal cell after a reduction cell too; 6: normal after normal too.
+@pytest.mark.parametrize('operators, channels, layers, image_size', [
+    pytest.param(compiled, *size, id='-'.join(map(str, ('custom_ops' if compiled else 'paddle_ops', *size))),
+                 marks=[pytest.mark.slow] if size == (2, 6, 8) and not compiled else [])
+    for compiled in (False, True) for size in ((2, 3, 8), (4, 4, 16), (2, 6, 8))], indirect=['operators'])
+def test_loss_and_all_gradients_equal_the_reference(supernet_of, channels, layers, image_size):
+    supernet = supernet_of(channels, CLASSES, layers, 'float64', image_size=image_size)
+    weights, alphas, batch = randomize(supernet)
+    result = assert_equals_reference(supernet, weights, alphas, batch, channels, layers)
+    assert min(np.abs(gradient).max() for gradient in result.weights.values()) > 0
+    # The alpha of none (column 0) has a gradient too, through the softmax.
+    assert all((np.abs(gradient) > 0).all() for gradient in result.alphas.values())
 
-
-@pytest.mark.parametrize('channels, layers', [(2, 3), (4, 6)])
-def test_loss_and_accuracy_equal_those_computed_in_numpy(channels, layers):
-    supernet, weights, alphas, batch = make(channels, layers, seed=1)
-    logits = plain_numpy.numpy_forward(weights, alphas['alphas_normal'], alphas['alphas_reduce'], batch[0],
-                                       channels, layers, epsilon=plain.EPSILON)
+    weights, alphas, batch = randomize(supernet, seed=1)
+    logits = supernet_numpy.forward(weights, alphas['alphas_normal'], alphas['alphas_reduce'], batch[0],
+                                    channels, layers, epsilon=reference.EPSILON)
     evaluation = supernet.evaluate(*batch)
-    assert evaluation.loss == pytest.approx(plain_numpy.cross_entropy(logits, batch[1]), abs=1e-10)
-    assert evaluation[1:] == pytest.approx(plain_numpy.accuracies(logits, batch[1]))
+    assert evaluation.loss == pytest.approx(supernet_numpy.cross_entropy(logits, batch[1]), abs=1e-10)
+    assert evaluation[1:] == pytest.approx(supernet_numpy.accuracies(logits, batch[1]))
 
 
-def test_permuted_edges_and_operations():
-    """What an edge and an operation are called is what is computed there: moved weights still agree."""
-    supernet, weights, alphas, batch = make(2, 3)
+def test_permuted_edges_and_operations(supernet_of):
+    """Weights of cell 0 and rows and columns of alpha are permuted: a supernet that mixes up edges would not agree."""
+    supernet = supernet_of(2, CLASSES, 3, 'float64', image_size=8)
+    weights, alphas, batch = randomize(supernet)
     before = supernet.gradients(*batch).loss
     rng = np.random.default_rng(5)
     order = rng.permutation(14)
-    moved = dict(weights)
+    permuted = dict(weights)
     for name in weights:
         parts = name.split('.')
         if name.startswith('cells.0._ops.'):                         # in cell 0 all operations have stride 1
-            moved[name] = weights['.'.join(parts[:3] + [str(order[int(parts[3])])] + parts[4:])]
-    shuffled = {'alphas_normal': alphas['alphas_normal'][order][:, rng.permutation(8)],
-                'alphas_reduce': alphas['alphas_reduce'][rng.permutation(14)]}
-    supernet.set_weights(moved)
-    supernet.set_alphas(shuffled)
-    after = agree(supernet, moved, shuffled, batch, 2, 3).loss
+            permuted[name] = weights['.'.join(parts[:3] + [str(order[int(parts[3])])] + parts[4:])]
+    permuted_alphas = {'alphas_normal': alphas['alphas_normal'][order][:, rng.permutation(8)],
+                       'alphas_reduce': alphas['alphas_reduce'][rng.permutation(14)]}
+    supernet.set_weights(permuted)
+    supernet.set_alphas(permuted_alphas)
+    after = assert_equals_reference(supernet, permuted, permuted_alphas, batch, 2, 3).loss
     assert abs(after - before) > 1e-3
 
 
-def test_float32_agrees_within_its_precision():
-    supernet, weights, alphas, batch = make(4, 3, dtype='float32', image_size=16)
-    loss = plain.gradients(weights, alphas, *batch, 4, 3)[0]
+def test_float32_agrees_within_its_precision(supernet_of):
+    supernet = supernet_of(2, CLASSES, 3, 'float32', image_size=8)
+    weights, alphas, batch = randomize(supernet)
+    loss = reference.gradients(weights, alphas, *batch, 2, 3)[0]
     assert supernet.gradients(*batch).loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_names_and_shapes_are_those_of_the_authors():
-    for channels, classes, layers in ((2, 5, 3), (4, 10, 5), (2, 7, 8)):
-        shapes = Supernet(channels, classes, layers, image_size=8).layout.shapes
-        assert shapes == plain.weight_shapes(channels, classes, layers)
+def test_warm_up_changes_no_vector(supernet_of):
+    supernet = supernet_of(2, CLASSES, 3, 'float32', image_size=8)
+    _, _, batch = randomize(supernet)
+    architect = Architect(supernet)
+    architect.step(batch, batch, 0.1)
+    names = ('theta', 'velocity', 'alphas', 'adam_mean', 'adam_variance', 'gradient', 'alpha_gradient', 'd_alpha')
+    before = {name: supernet.store.get(name).tobytes() for name in names}
+    supernet.store.warm_up()
+    assert before == {name: supernet.store.get(name).tobytes() for name in names}
 
 
-def test_the_size_of_the_default_supernet():
-    assert sum(int(np.prod(shape)) for shape in plain.weight_shapes(16, 10, 8).values()) == 1930618
+@pytest.mark.parametrize('operators, limit', [pytest.param(False, 4500, id='paddle_ops', marks=pytest.mark.slow),
+                                              pytest.param(True, 1000, id='custom_ops')], indirect=['operators'])
+def test_number_of_operators_of_the_default_search(operators, limit):
+    """The time that an executor takes to prepare a program grows faster than the number of operators."""
     supernet = Supernet()
-    assert supernet.size == 1930618
-    optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
-    Architect(supernet, optimizer)
-    assert supernet.store.operators <= (1000 if custom_ops.enabled() else 4500)
+    Architect(supernet, MomentumSGD(supernet.store, 0.9, 3e-4, 5.0))
+    assert custom_ops.enabled() == (limit == 1000) and supernet.store.operators <= limit
 
 
-def test_weights_and_alpha_are_read_back_as_they_were_set():
-    supernet, weights, alphas, _ = make(2, 3)
-    for name, array in supernet.weights().items():
-        np.testing.assert_array_equal(array, weights[name])
-    for name, array in supernet.alphas().items():
-        np.testing.assert_array_equal(array, alphas[name])
-    supernet.set_weights({'classifier.bias': np.arange(5.0)})        # one alone leaves the others
+# ---------------------------------------------------------------------------------------------------
+# Without programs: the operators make no difference
+
+def without_programs(*arguments, **settings):
+    return Supernet(*arguments, **settings, build_programs=False)
+
+
+def test_names_and_shapes_equal_those_of_the_authors():
+    for channels, classes, layers in ((2, 5, 3), (4, 10, 5), (2, 7, 8)):
+        assert without_programs(channels, classes, layers).shapes == reference.weight_shapes(channels, classes, layers)
+
+
+def test_size_of_the_default_supernet():
+    assert sum(int(np.prod(shape)) for shape in reference.weight_shapes(16, 10, 8).values()) == 1930618
+    assert without_programs().size == 1930618
+
+
+def test_weights_and_alpha_are_read_back_unchanged():
+    supernet = without_programs(2, CLASSES, 3, 'float64')
+    weights, alphas, _ = randomize(supernet)
+    for name, array in {**supernet.weights(), **supernet.alphas()}.items():
+        np.testing.assert_array_equal(array, {**weights, **alphas}[name])
+    supernet.set_weights({'classifier.bias': np.arange(5.0)})        # other weights keep their values
     np.testing.assert_array_equal(supernet.weights()['classifier.bias'], np.arange(5.0))
     np.testing.assert_array_equal(supernet.weights()['stem.0.weight'], weights['stem.0.weight'])
 
 
 def test_initial_values():
-    supernet = Supernet(16, 10, 3, seed=1)
-    for name, array in supernet.weights().items():
+    supernet = without_programs(16, 10, 3, seed=1)
+    weights = supernet.weights()
+    for name, array in weights.items():
         if name == 'stem.1.weight':
             assert (array == 1).all()
         elif name == 'stem.1.bias':
             assert (array == 0).all()
         else:
-            fan_in = np.prod(array.shape[1:]) if array.ndim > 1 else supernet.weights()['classifier.weight'].shape[1]
+            fan_in = np.prod(array.shape[1:]) if array.ndim > 1 else weights['classifier.weight'].shape[1]
             assert np.abs(array).max() <= fan_in ** -0.5
             assert array.size < 100 or np.std(array) == pytest.approx((3 * fan_in) ** -0.5, rel=0.2)
     alphas = np.stack(list(supernet.alphas().values()))
     assert np.std(alphas) == pytest.approx(1e-3, rel=0.2) and np.abs(np.mean(alphas)) < 3e-4
-    same, other = Supernet(16, 10, 3, seed=1), Supernet(16, 10, 3, seed=2)
+    same, other = without_programs(16, 10, 3, seed=1), without_programs(16, 10, 3, seed=2)
     assert same.store.get('theta').tobytes() == supernet.store.get('theta').tobytes()
     assert other.store.get('theta').tobytes() != supernet.store.get('theta').tobytes()
-
-
-def test_warming_up_changes_nothing():
-    supernet, _, _, batch = make(2, 3, dtype='float32')
-    architect = Architect(supernet)
-    architect.step(batch, batch, 0.1)
-    names = ('theta', 'velocity', 'alphas', 'adam_mean', 'adam_variance')
-    before = {name: supernet.store.get(name).tobytes() for name in names}
-    supernet.store.warm_up()
-    assert before == {name: supernet.store.get(name).tobytes() for name in names}
 
 
 @pytest.mark.parametrize('arguments, reason', [
@@ -154,17 +177,18 @@ def test_sizes_that_cannot_be_built(arguments, reason):
         Supernet(**arguments)
 
 
-def test_weights_that_do_not_fit_are_named():
-    supernet, _, _, _ = make(2, 3)
-    with pytest.raises(UserError, match="unknown weight 'stem.9.weight'"):
-        supernet.set_weights({'stem.9.weight': np.zeros(3)})
-    with pytest.raises(UserError, match=r'stem.1.bias has shape \[3\], expected \[6\]'):
-        supernet.set_weights({'stem.1.bias': np.zeros(3)})
-    with pytest.raises(UserError, match='unknown alpha'):
-        supernet.set_alphas({'alphas': np.zeros((14, 8))})
-    with pytest.raises(UserError, match=r'alphas_normal has shape \[14, 7\]'):
-        supernet.set_alphas({'alphas_normal': np.zeros((14, 7))})
+@pytest.mark.parametrize('weights, alphas, reason', [
+    ({'stem.9.weight': np.zeros(3)}, {}, "unknown weight 'stem.9.weight'"),
+    ({'stem.1.bias': np.zeros(3)}, {}, r'stem.1.bias has shape \[3\], expected \[6\]'),
+    ({}, {'alphas': np.zeros((14, 8))}, 'unknown alpha'),
+    ({}, {'alphas_normal': np.zeros((14, 7))}, r'alphas_normal has shape \[14, 7\]')])
+def test_unknown_names_and_wrong_shapes_are_refused(weights, alphas, reason):
+    supernet = without_programs(2, CLASSES, 3)
+    with pytest.raises(UserError, match=reason):
+        supernet.set_weights(weights)
+        supernet.set_alphas(alphas)
 
 
-def test_the_example_in_the_docstring():
+@pytest.mark.parametrize('operators', [True], ids=['custom_ops'], indirect=True)
+def test_the_example_in_the_docstring(operators):
     assert doctest.testmod(model_search).failed == 0

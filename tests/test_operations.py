@@ -1,6 +1,6 @@
-"""Each operation and its gradients against the plain one (plain_discrete.py), in float64; the masks of drop path.
+"""Single operations and their gradients against the reference (tests/reference/discrete.py); the masks of drop path.
 
-These are Paddle's operators. custom_ops knows whole cells only: test_custom_ops.py.
+All use Paddle's operators: a compiled operator computes a complete cell (test_custom_ops.py).
 """
 import math
 
@@ -8,23 +8,23 @@ import numpy as np
 import paddle
 import pytest
 
-from reference import discrete as plain
 from agreement import assert_all_close, assert_close, scrambled, statistics_of
-from genotypes import OPERATIONS
-from operations import drop_path_masks, operation
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram, VariableStore
+from genotypes import OPERATIONS
+from operations import drop_path_masks, operation
+from reference import discrete as reference
 
 
 def run_edge(kind, channels, stride, weights, x, direction, training):
-    """What plain.edge does, by the operation under test; its input is a weight too, for its gradient."""
+    """Returns an Edge like `reference.edge`, from the operation under test; x is a weight there, for its gradient."""
     layout = FlatParameters(running_statistics=True)
     layout.declare(['x'], x.shape)
     build_operation = operation(kind, layout, 'edge', channels, stride)
     store, values = VariableStore(paddle.CPUPlace(), 'float64'), dict(weights, x=x)
     assert {**layout.shapes, **layout.statistics.shapes} == {name: array.shape for name, array in values.items()}
     for vector, part in (('theta', layout.assign_offsets()), ('statistics', layout.statistics.assign_offsets())):
-        if part.size:                                               # a pool keeps no statistics
+        if part.size:                                               # pools have no statistics
             store.set(vector, part.flat({name: values[name] for name in part.shapes}, np.zeros(part.size)))
 
     def build():
@@ -42,26 +42,26 @@ def run_edge(kind, channels, stride, weights, x, direction, training):
     output, gradient = StaticProgram(store, build)(direction=direction)
     gradients = layout.named(gradient)
     statistics = layout.statistics.named(store.get('statistics')) if layout.statistics.size else {}
-    return plain.Edge(output, gradients.pop('x'), gradients, statistics)
+    return reference.Edge(output, gradients.pop('x'), gradients, statistics)
 
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('kind', OPERATIONS)
-def test_an_operation_and_its_gradients_equal_the_plain_ones(kind, stride):
+def test_an_operation_and_its_gradients_equal_the_reference(kind, stride):
     rng = np.random.default_rng(1)
     channels, size = 4, 8
-    shapes = plain.Shapes()
+    shapes = reference.Shapes()
     shapes.operation(kind, 'edge', channels, stride)
     weights = scrambled(shapes, rng)
     x = rng.normal(size=(3, channels, size, size))
     direction = rng.normal(size=(3, channels, size // stride, size // stride))
     for training in (True, False):
-        ours = run_edge(kind, channels, stride, weights, x, direction, training)
-        expected = plain.edge(weights, kind, x, direction, stride, training)
-        assert_close(ours.output, expected.output)
-        assert_close(ours.input_gradient, expected.input_gradient)
-        assert_all_close(ours.gradients, expected.gradients)
-        assert_all_close(ours.statistics, expected.statistics if training else statistics_of(weights))
+        result = run_edge(kind, channels, stride, weights, x, direction, training)
+        expected = reference.edge(weights, kind, x, direction, stride, training)
+        assert_close(result.output, expected.output)
+        assert_close(result.input_gradient, expected.input_gradient)
+        assert_all_close(result.gradients, expected.gradients)
+        assert_all_close(result.statistics, expected.statistics if training else statistics_of(weights))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -72,17 +72,17 @@ DRAWS, EDGES = 4000, 6
 
 @pytest.fixture(scope='module')
 def draw():
-    """(keep, seed) -> masks [DRAWS, EDGES]."""
+    """Returns a function (keep, seed) -> masks [DRAWS, EDGES]."""
     store = VariableStore(paddle.CPUPlace(), 'float64')
 
     def build():
         images = store.input('images', [None, 1])
         return [drop_path_masks(paddle.shape(images)[0], EDGES, store.input('keep', [1]))]
-    function = StaticProgram(store, build)
+    program = StaticProgram(store, build)
 
     def masks(keep, seed):
         paddle.seed(seed)
-        drawn, = function(images=np.zeros((DRAWS, 1)), keep=np.array([keep]))
+        drawn, = program(images=np.zeros((DRAWS, 1)), keep=np.array([keep]))
         assert drawn.shape == (DRAWS, EDGES, 1, 1)
         return drawn.reshape(DRAWS, EDGES)
     return masks
@@ -99,7 +99,7 @@ def test_a_mask_is_one_over_keep_with_probability_keep_and_else_zero(draw, keep)
 def test_masks_of_edges_and_of_samples_are_independent(draw):
     kept = (draw(0.5, seed=2) > 0).astype('float64')
     assert len(np.unique(kept, axis=1).T) == EDGES
-    assert len(np.unique(kept, axis=0)) == 2 ** EDGES                # every combination of edges comes up
+    assert len(np.unique(kept, axis=0)) == 2 ** EDGES                # every combination of edges occurs
     limit = 5 / math.sqrt(DRAWS)
     between_edges = np.corrcoef(kept.T) - np.eye(EDGES)
     assert np.abs(between_edges).max() < limit
@@ -107,14 +107,11 @@ def test_masks_of_edges_and_of_samples_are_independent(draw):
         assert np.abs(np.corrcoef(kept[lag:].T, kept[:-lag].T)[:EDGES, EDGES:]).max() < limit
 
 
-def test_masks_repeat_with_the_seed_and_only_with_it(draw):
+def test_masks_depend_on_the_seed_alone(draw):
     first = draw(0.5, seed=3)
     assert (draw(0.5, seed=3) == first).all()
     assert 0.4 < (draw(0.5, seed=4) == first).mean() < 0.6
 
 
-def test_nothing_is_dropped_with_keep_one(draw):
+def test_no_edge_is_dropped_with_keep_one(draw):
     assert (draw(1.0, seed=5) == 1).all()
-
-
-# DARTS_V1 has identities in both kinds of cell, and skip_connect with stride 2 is in DARTS_PADDLE's reduction cell.

@@ -1,7 +1,14 @@
-"""The supernet as everybody writes it: edge by edge, operation by operation, in dynamic mode.
+"""The supernet of DARTS (arXiv 1806.09055, section 2), edge by edge and operation by operation.
 
-The reference of the tests, written from the definitions alone (DARTS, arXiv 1806.09055); it shares no
-code with the program that it checks. Weights are {name: array} under the names of the authors' code.
+This is the definition that the tests compare the batched static program of model_search.py with. It runs in Paddle's
+dynamic mode in float64 and shares no code with the program. Weights are {name: array}, named as in the authors' code:
+
+    stem.{0,1}                              convolution and batch normalisation
+    cells.{i}.preprocess{0,1}               preprocessing of the outputs of the two cells before cell i
+    cells.{i}._ops.{edge}._ops.{k}          operation k on one of the 14 edges, numbered by node, then by state
+    classifier                              linear layer
+
+Sizes in the comments: N images, C channels of the cell, H x W pixels.
 """
 import numpy as np
 import paddle
@@ -9,130 +16,150 @@ import paddle.nn.functional as F
 
 from engine import custom_ops
 
-EPSILON = float(np.float32(1e-5))          # an attribute of Paddle's operator, in single precision
+# Paddle stores the epsilon of its batch normalisation in single precision, which is 2.5e-8 away from 1e-5.
+EPSILON = float(np.float32(1e-5))
 
 
 def cells(channels, layers):
-    """(index, c_prev_prev, c_prev, c, reduction, reduction_prev) of each cell."""
-    c_pp = c_p = 3 * channels
-    before = False
+    """Yields (index, channels of s0, channels of s1, C, reduction, reduction_prev) of each cell."""
+    c_prev_prev = c_prev = 3 * channels
+    reduction_prev = False
     for i in range(layers):
         reduction = i == layers // 3 or i == 2 * layers // 3
         channels = 2 * channels if reduction else channels
-        yield i, c_pp, c_p, channels, reduction, before
-        c_pp, c_p, before = c_p, 4 * channels, reduction
+        yield i, c_prev_prev, c_prev, channels, reduction, reduction_prev
+        c_prev_prev, c_prev, reduction_prev = c_prev, 4 * channels, reduction
 
 
 def weight_shapes(channels, classes, layers):
+    """Returns {name: shape} of all weights."""
     shapes = {'stem.0.weight': (3 * channels, 3, 3, 3), 'stem.1.weight': (3 * channels,),
               'stem.1.bias': (3 * channels,)}
-    for i, c_pp, c_p, c, reduction, before in cells(channels, layers):
-        if before:
-            shapes[f'cells.{i}.preprocess0.conv_1.weight'] = (c // 2, c_pp, 1, 1)
-            shapes[f'cells.{i}.preprocess0.conv_2.weight'] = (c // 2, c_pp, 1, 1)
+    for i, c_prev_prev, c_prev, c, reduction, reduction_prev in cells(channels, layers):
+        if reduction_prev:
+            shapes[f'cells.{i}.preprocess0.conv_1.weight'] = (c // 2, c_prev_prev, 1, 1)
+            shapes[f'cells.{i}.preprocess0.conv_2.weight'] = (c // 2, c_prev_prev, 1, 1)
         else:
-            shapes[f'cells.{i}.preprocess0.op.1.weight'] = (c, c_pp, 1, 1)
-        shapes[f'cells.{i}.preprocess1.op.1.weight'] = (c, c_p, 1, 1)
+            shapes[f'cells.{i}.preprocess0.op.1.weight'] = (c, c_prev_prev, 1, 1)
+        shapes[f'cells.{i}.preprocess1.op.1.weight'] = (c, c_prev, 1, 1)
         edge = 0
         for node in range(4):
             for state in range(2 + node):
-                p = f'cells.{i}._ops.{edge}._ops'
+                prefix = f'cells.{i}._ops.{edge}._ops'
                 if reduction and state < 2:
-                    shapes[f'{p}.3.conv_1.weight'] = shapes[f'{p}.3.conv_2.weight'] = (c // 2, c, 1, 1)
-                for k, size, stages in ((4, 3, (1, 5)), (5, 5, (1, 5)), (6, 3, (1,)), (7, 5, (1,))):
-                    for n in stages:
-                        shapes[f'{p}.{k}.op.{n}.weight'] = (c, 1, size, size)
-                        shapes[f'{p}.{k}.op.{n + 1}.weight'] = (c, c, 1, 1)
+                    shapes[f'{prefix}.3.conv_1.weight'] = shapes[f'{prefix}.3.conv_2.weight'] = (c // 2, c, 1, 1)
+                for k, size, depthwise in ((4, 3, (1, 5)), (5, 5, (1, 5)), (6, 3, (1,)), (7, 5, (1,))):
+                    for n in depthwise:
+                        shapes[f'{prefix}.{k}.op.{n}.weight'] = (c, 1, size, size)
+                        shapes[f'{prefix}.{k}.op.{n + 1}.weight'] = (c, c, 1, 1)
                 edge += 1
     shapes['classifier.weight'] = (classes, 4 * c)
     shapes['classifier.bias'] = (classes,)
     return shapes
 
 
-def normalise(x):
+def batch_norm(x):
+    """Normalises x [N, C, H, W] per channel by mean and variance of the batch, without scale and shift."""
     mean = x.mean(axis=[0, 2, 3], keepdim=True)
     variance = ((x - mean) ** 2).mean(axis=[0, 2, 3], keepdim=True)
     return (x - mean) / paddle.sqrt(variance + EPSILON)
 
 
 def average_pool(x, stride):
+    """Averages over 3 x 3 pixels; the padding of 1 is not counted."""
     if not custom_ops.enabled():
-        # Paddle's kernel scales its gradient in single precision, 2.5e-8 off: the reference has to be off alike.
+        # The program under test uses Paddle's operator, whose gradient is scaled in single precision and 2.5e-8 off.
         return F.avg_pool2d(x, 3, stride=stride, padding=1, exclusive=True)
-    ones = paddle.ones([x.shape[1], 1, 3, 3], x.dtype)
-    total, count = (F.conv2d(each, ones, stride=stride, padding=1, groups=x.shape[1])
-                    for each in (x, paddle.ones_like(x)))
+    kernel = paddle.ones([x.shape[1], 1, 3, 3], x.dtype)
+    total, count = (F.conv2d(image, kernel, stride=stride, padding=1, groups=x.shape[1])
+                    for image in (x, paddle.ones_like(x)))
     return total / count
 
 
-def factorized_reduce(x, w, p):
+def factorized_reduce(x, weights, prefix):
+    """Halves height and width: ReLU, two 1x1 convolutions with stride 2 on grids one pixel apart, concatenation, BN."""
     x = F.relu(x)
-    halves = [F.conv2d(x, w[f'{p}.conv_1.weight'], stride=2),
-              F.conv2d(x[:, :, 1:, 1:], w[f'{p}.conv_2.weight'], stride=2)]
-    return normalise(paddle.concat(halves, axis=1))
+    halves = [F.conv2d(x, weights[f'{prefix}.conv_1.weight'], stride=2),
+              F.conv2d(x[:, :, 1:, 1:], weights[f'{prefix}.conv_2.weight'], stride=2)]
+    return batch_norm(paddle.concat(halves, axis=1))
 
 
-def relu_conv_bn(x, w, p):
-    return normalise(F.conv2d(F.relu(x), w[f'{p}.op.1.weight']))
+def relu_conv_bn(x, weights, prefix):
+    """ReLU, 1x1 convolution, BN."""
+    return batch_norm(F.conv2d(F.relu(x), weights[f'{prefix}.op.1.weight']))
 
 
-def separable(x, w, p, n, size, stride, dilation):
-    """ReLU, depthwise, pointwise, BN."""
-    x = F.conv2d(F.relu(x), w[f'{p}.op.{n}.weight'], stride=stride, padding=dilation * (size // 2),
+def separable(x, weights, prefix, n, size, stride, dilation):
+    """ReLU, depthwise convolution op.n of size x size, pointwise convolution op.(n + 1), BN."""
+    x = F.conv2d(F.relu(x), weights[f'{prefix}.op.{n}.weight'], stride=stride, padding=dilation * (size // 2),
                  dilation=dilation, groups=x.shape[1])
-    return normalise(F.conv2d(x, w[f'{p}.op.{n + 1}.weight']))
+    return batch_norm(F.conv2d(x, weights[f'{prefix}.op.{n + 1}.weight']))
 
 
-def operation(k, x, w, p, stride):
-    """Operation k of the search space on one edge; p: its prefix in the names of the weights."""
-    if k == 0:
+def operation(k, x, weights, prefix, stride):
+    """Returns operation k of the search space on x; prefix: of the names of its weights."""
+    if k == 0:                                                                        # none
         return paddle.zeros_like(x[:, :, ::stride, ::stride])
-    if k == 1:
-        return normalise(F.max_pool2d(x, 3, stride=stride, padding=1))
-    if k == 2:
-        return normalise(average_pool(x, stride))
-    if k == 3:
-        return x if stride == 1 else factorized_reduce(x, w, p)
+    if k == 1:                                                                        # max_pool_3x3
+        return batch_norm(F.max_pool2d(x, 3, stride=stride, padding=1))
+    if k == 2:                                                                        # avg_pool_3x3
+        return batch_norm(average_pool(x, stride))
+    if k == 3:                                                                        # skip_connect
+        return x if stride == 1 else factorized_reduce(x, weights, prefix)
     size = 3 if k in (4, 6) else 5
-    if k >= 6:
-        return separable(x, w, p, 1, size, stride, 2)
-    return separable(separable(x, w, p, 1, size, stride, 1), w, p, 5, size, 1, 1)
+    if k >= 6:                                                                        # dil_conv_3x3, dil_conv_5x5
+        return separable(x, weights, prefix, 1, size, stride, dilation=2)
+    x = separable(x, weights, prefix, 1, size, stride, dilation=1)                    # sep_conv_3x3, sep_conv_5x5
+    return separable(x, weights, prefix, 5, size, stride=1, dilation=1)
 
 
-def forward(w, alphas_normal, alphas_reduce, images, channels, layers):
-    x = normalise(F.conv2d(images, w['stem.0.weight'], padding=1))
-    x = x * w['stem.1.weight'].reshape([1, -1, 1, 1]) + w['stem.1.bias'].reshape([1, -1, 1, 1])
+def cell(s0, s1, weights, prefix, alpha, reduction, reduction_prev):
+    """Returns the output [N, 4 * C, H', W'] of a cell from the outputs of the two cells before it; alpha: [14, 8]."""
+    mixing = paddle.exp(alpha) / paddle.exp(alpha).sum(axis=1, keepdim=True)          # softmax per edge
+    preprocess0 = factorized_reduce if reduction_prev else relu_conv_bn
+    states = [preprocess0(s0, weights, f'{prefix}.preprocess0'),
+              relu_conv_bn(s1, weights, f'{prefix}.preprocess1')]
+    edge = 0
+    for _node in range(4):
+        total = 0
+        for j, state in enumerate(states):
+            stride = 2 if reduction and j < 2 else 1
+            for k in range(8):
+                total = total + mixing[edge, k] * operation(k, state, weights, f'{prefix}._ops.{edge}._ops.{k}', stride)
+            edge += 1
+        states.append(total)
+    return paddle.concat(states[2:], axis=1)
+
+
+def forward(weights, alphas_normal, alphas_reduce, images, channels, layers):
+    """Returns the logits [N, classes] of images [N, 3, H, W]; weights, alphas and images are tensors."""
+    x = batch_norm(F.conv2d(images, weights['stem.0.weight'], padding=1))
+    x = x * weights['stem.1.weight'].reshape([1, -1, 1, 1]) + weights['stem.1.bias'].reshape([1, -1, 1, 1])
     s0 = s1 = x
-    for i, _, _, _, reduction, before in cells(channels, layers):
+    for i, _, _, _, reduction, reduction_prev in cells(channels, layers):
         alpha = alphas_reduce if reduction else alphas_normal
-        mixing = paddle.exp(alpha) / paddle.exp(alpha).sum(axis=1, keepdim=True)
-        preprocess0 = factorized_reduce if before else relu_conv_bn
-        states = [preprocess0(s0, w, f'cells.{i}.preprocess0'), relu_conv_bn(s1, w, f'cells.{i}.preprocess1')]
-        edge = 0
-        for node in range(4):
-            total = 0
-            for j, state in enumerate(states):
-                stride = 2 if reduction and j < 2 else 1
-                for k in range(8):
-                    total = total + mixing[edge, k] * operation(k, state, w, f'cells.{i}._ops.{edge}._ops.{k}', stride)
-                edge += 1
-            states.append(total)
-        s0, s1 = s1, paddle.concat(states[2:], axis=1)
-    return paddle.matmul(s1.mean(axis=[2, 3]), w['classifier.weight'], transpose_y=True) + w['classifier.bias']
+        s0, s1 = s1, cell(s0, s1, weights, f'cells.{i}', alpha, reduction, reduction_prev)
+    features = s1.mean(axis=[2, 3])                                                   # [N, 4 * C]
+    return paddle.matmul(features, weights['classifier.weight'], transpose_y=True) + weights['classifier.bias']
 
 
 def gradients(weights, alphas, images, labels, channels, layers):
-    """-> (loss, logits, {name: gradient}, {name of alpha: gradient}), all numpy float64."""
+    """Returns (loss, logits, {name: gradient of a weight}, {name: gradient of an alpha}), numpy float64.
+
+    weights: {name: array}; alphas: {'alphas_normal', 'alphas_reduce': [14, 8]}; images: [N, 3, H, W]; labels: [N] or
+    [N, 1]. The loss is the mean cross entropy.
+    """
+    def variables(arrays):
+        return {name: paddle.to_tensor(np.asarray(array, 'float64'), stop_gradient=False)
+                for name, array in arrays.items()}
+
     with paddle.base.dygraph.guard():
-        def variable(array):
-            return paddle.to_tensor(np.asarray(array, 'float64'), stop_gradient=False)
-        w = {name: variable(array) for name, array in weights.items()}
-        a = {name: variable(array) for name, array in alphas.items()}
+        w, a = variables(weights), variables(alphas)
         logits = forward(w, a['alphas_normal'], a['alphas_reduce'], paddle.to_tensor(np.asarray(images, 'float64')),
                          channels, layers)
         log_likelihood = logits - paddle.log(paddle.exp(logits).sum(axis=1, keepdim=True))
         one_hot = paddle.to_tensor(np.eye(logits.shape[1])[np.ravel(labels)])
         loss = -(log_likelihood * one_hot).sum() / len(images)
         loss.backward()
-        return (float(loss), logits.numpy(), {name: v.grad.numpy() for name, v in w.items()},
-                {name: v.grad.numpy() for name, v in a.items()})
+        return (float(loss), logits.numpy(), {name: tensor.grad.numpy() for name, tensor in w.items()},
+                {name: tensor.grad.numpy() for name, tensor in a.items()})
