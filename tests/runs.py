@@ -31,7 +31,8 @@ def restored_state():
     finally:
         custom_ops.enable(enabled)
         for handler in console.log.handlers:
-            handler.close()
+            with contextlib.suppress(OSError):             # its disk is full
+                handler.close()
         console.log.handlers = []
         console.log.propagate = True
 
