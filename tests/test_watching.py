@@ -1,4 +1,4 @@
-"""Watching a search: its health, its end when there are too many skip connections, and the curves for VisualDL."""
+"""The health of a search, its end by --stop_at_skips, and the curves for VisualDL."""
 import math
 import os
 import sys
@@ -6,20 +6,18 @@ import sys
 import numpy as np
 import pytest
 
-from engine import dashboard
 import genotypes
-import train
-import train_imagenet
 import train_search
 import utils
+from engine import dashboard
 from genotypes import PRIMITIVES
-from runs import history
-from test_train_search import Crash, tiny_search
+from runs import assert_one_line, history, run_in_process
+from tiny_runs import Crash, tiny_search
 
 
 def test_entropy_by_hand():
     weights = np.zeros((14, 8))
-    weights[0, 3] = 1                              # decided: 0
+    weights[0, 3] = 1                              # 0
     weights[1, :2] = 0.5                           # log 2
     weights[2, :3] = 0.5, 0.25, 0.25               # 1.5 log 2
     weights[3:] = 0.125                            # log 8
@@ -28,14 +26,14 @@ def test_entropy_by_hand():
     assert genotypes.entropy(np.eye(8)[[2] * 14]) == 0
 
 
-def test_skips_are_those_of_the_normal_cell():
+def test_skip_connects_counts_those_of_the_normal_cell():
     counts = {name: genotypes.skip_connects(genotype) for name, genotype in genotypes.GENOTYPES.items()}
     assert counts == {'NASNet': 2, 'AmoebaNet': 2, 'DARTS_V1': 3, 'DARTS_V2': 2, 'DARTS': 2, 'DARTS_PADDLE': 1,
                       'FASHION_MNIST_0': 0, 'FASHION_MNIST_1': 0}
 
 
 def alphas_with(skips):
-    """alpha [2, 14, 8] whose normal cell has so many skip_connect and whose reduction cell has eight."""
+    """Returns alpha [2, 14, 8] whose normal cell has `skips` skip_connect and whose reduction cell has eight."""
     table = np.zeros((2, 14, 8), 'float32')
     table[1, :, PRIMITIVES.index('skip_connect')] = 2
     chosen = [first + state for first in genotypes.FIRST_EDGE for state in (0, 1)]
@@ -46,7 +44,7 @@ def alphas_with(skips):
 
 @pytest.fixture
 def search(tmp_path, monkeypatch, capsys):
-    """A function: a search whose epochs end with given numbers of skips, -> (epochs that ran, what it said)."""
+    """A function that runs a search whose epochs end with given numbers of skip_connect, -> (epochs it ran, stdout)."""
     def start(*skips, **flags):
         def step(self, batch, epoch, step):
             self.supernet.store.set('alphas', alphas_with(skips[epoch]))
@@ -54,19 +52,20 @@ def search(tmp_path, monkeypatch, capsys):
 
         monkeypatch.setattr(train_search.Search, 'train_step', step)
         capsys.readouterr()
-        steps = tiny_search(tmp_path / 'run', epochs=len(skips), **flags)
+        steps = tiny_search(tmp_path / 'run', epochs=len(skips), unrolled=False, **flags)
         return steps / 3, capsys.readouterr().out
     return start
 
 
-def found(folder):
+def skips_in(folder):
+    """Returns the number of skip_connect in the genotype.json of a run; None without the file."""
     path = folder / 'run' / 'genotype.json'
     return genotypes.skip_connects(genotypes.load(str(path))) if path.exists() else None
 
 
-def test_each_epoch_reports_its_health(tmp_path, search):
-    ran, output = search(1, 5)
-    assert ran == 2 and 'ended' not in output
+def test_every_epoch_reports_its_health(tmp_path, search):
+    epochs, output = search(1, 5)
+    assert epochs == 2 and 'ended' not in output
     for record, skips in zip(history(tmp_path / 'run'), (1, 5)):
         assert record['skip_connects'] == skips
         for kind in ('normal', 'reduce'):
@@ -77,70 +76,51 @@ def test_each_epoch_reports_its_health(tmp_path, search):
                 f"{record['entropy_normal']:.4f}, reduce {record['entropy_reduce']:.4f}") in output
 
 
-def test_too_many_skips_end_the_search_with_the_last_genotype_below(tmp_path, search):
+def test_too_many_skips_end_the_search_with_the_last_genotype_below_the_limit(tmp_path, search):
     skips = 1, 0, 3, 2
-    ran, output = search(*skips, stop_at_skips=3)
-    assert ran == 3 and [record['skip_connects'] for record in history(tmp_path / 'run')] == [1, 0, 3]
+    epochs, output = search(*skips, stop_at_skips=3)
+    assert epochs == 3 and skips_in(tmp_path) == 0
     assert "the search ended with epoch 3, whose normal cell has 3 skip_connect (--stop_at_skips 3): " in output
     assert "genotype.json is the genotype of epoch 2, which has 0" in output
-    assert found(tmp_path) == 0
-    # Resumed with the same limit it stays ended; with a lower one it gives the last genotype below that.
+    # Resumed with the same limit the search stays ended; with a lower one it writes the last genotype below that.
     for limit in (3, 1):
-        ran, output = search(*skips, resume=True, stop_at_skips=limit)
-        assert ran == 0 and f"the search ended with epoch 3, whose normal cell has 3 skip_connect (--stop_at_skips " \
-            f"{limit}): " in output and found(tmp_path) == 0
-    ran, output = search(*skips, resume=True)
-    assert ran == 1 and 'ended' not in output and found(tmp_path) == 2
-    # Now the last epoch has fewer than 3: the limit does not hold the run, which is over.
-    ran, output = search(*skips, resume=True, stop_at_skips=3)
-    assert ran == 0 and 'ended' not in output and found(tmp_path) == 2
+        epochs, output = search(*skips, resume=True, stop_at_skips=limit)
+        assert epochs == 0 and skips_in(tmp_path) == 0
+        assert f"ended with epoch 3, whose normal cell has 3 skip_connect (--stop_at_skips {limit})" in output
+    epochs, output = search(*skips, resume=True)
+    assert epochs == 1 and 'ended' not in output and skips_in(tmp_path) == 2
+    # The last of all epochs has fewer than 3: the limit does not end the search, the number of epochs does.
+    epochs, output = search(*skips, resume=True, stop_at_skips=3)
+    assert epochs == 0 and 'ended' not in output and skips_in(tmp_path) == 2
 
 
-def test_a_search_whose_every_epoch_has_too_many_skips_has_no_genotype(tmp_path, search):
-    ran, output = search(4, 0, stop_at_skips=2)
-    assert ran == 1 and found(tmp_path) is None
-    assert "the search ended with epoch 1" in output and "no epoch had fewer, so there is no " in output
-    ran, output = search(4, 2, 0, resume=False, model_save_dir=tmp_path / 'other')
-    assert ran == 3
-
-
-def test_a_limit_that_comes_with_a_resume_counts_for_the_epochs_before(tmp_path, search):
+def test_a_limit_given_with_resume_counts_for_the_epochs_before(tmp_path, search):
     with pytest.raises(Crash):
         search(4, 5, 6, crash_after=6)
-    assert found(tmp_path) == 5
-    ran, output = search(4, 5, 6, resume=True, stop_at_skips=5)
-    assert ran == 0 and found(tmp_path) == 4 and "genotype of epoch 1, which has 4" in output
-    ran, output = search(4, 5, 6, resume=True, stop_at_skips=2)
-    assert ran == 0 and found(tmp_path) is None and "no epoch had fewer" in output
+    assert skips_in(tmp_path) == 5
+    epochs, output = search(4, 5, 6, resume=True, stop_at_skips=5)
+    assert epochs == 0 and skips_in(tmp_path) == 4 and "genotype of epoch 1, which has 4" in output
+    epochs, output = search(4, 5, 6, resume=True, stop_at_skips=2)
+    assert epochs == 0 and skips_in(tmp_path) is None and "no epoch had fewer, so there is no " in output
 
 
-def refusal(script, flags, capsys):
-    """What a script says of its flags on the one line that it ends with."""
-    with pytest.raises(SystemExit) as end:
-        script.parse_args(flags)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count('\n') == 1
-    return error
-
-
-@pytest.mark.parametrize('limit', ['0', '9', 'x'])
-def test_the_limit_has_to_be_a_number_that_a_cell_can_have(capsys, limit):
-    assert f"--stop_at_skips: '{limit}' has to be a whole number from 1 to 8" in \
-        refusal(train_search, ['--stop_at_skips', limit], capsys)
+def test_a_first_epoch_above_the_limit_writes_no_genotype(tmp_path, search):
+    epochs, output = search(4, 0, stop_at_skips=2)
+    assert epochs == 1 and skips_in(tmp_path) is None and "the search ended with epoch 1" in output
 
 
 # ---------------------------------------------------------------------------------------------------
 # VisualDL
 
-@pytest.mark.parametrize('script', [train_search, train, train_imagenet], ids=lambda script: script.__name__)
-def test_without_visualdl_it_says_so_at_once(monkeypatch, capsys, script):
-    monkeypatch.setitem(sys.modules, 'visualdl', None)                 # importing it is an ImportError then
-    error = refusal(script, ['--visualdl', 'log'], capsys)
-    assert '--visualdl: VisualDL cannot be imported' in error and 'pip install visualdl' in error
+@pytest.mark.parametrize('script', ['train_search.py', 'train.py', 'train_imagenet.py'])
+def test_without_visualdl_the_flag_is_refused_at_once(monkeypatch, script):
+    monkeypatch.setitem(sys.modules, 'visualdl', None)                 # importing it raises ImportError
+    assert_one_line(run_in_process(script, '--visualdl', 'log'), '--visualdl: VisualDL cannot be imported',
+                    'pip install visualdl')
 
 
 def curves(folder):
-    """What VisualDL reads from a folder: {(tag, curve): [(x, value)]}."""
+    """Returns {(tag, curve): [(x, value)]} as VisualDL reads them from a folder, without the measured seconds."""
     visualdl = pytest.importorskip('visualdl', reason='VisualDL is not installed')
     reader = visualdl.LogReader(file_path=str(folder / dashboard.FILE))
     result = {}
@@ -149,27 +129,27 @@ def curves(folder):
     for tag in reader.get_tags().get('scalars', ()):
         for value in reader.get_data('scalars', tag):
             result.setdefault((tag, value.tag_value.tag), []).append((value.id, value.tag_value.value))
+    assert len(result.pop(('epoch/seconds', ''))) == 2
     return result
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The folder of an uninterrupted search that reports every step, with its curves in log/."""
     pytest.importorskip('visualdl', reason='VisualDL is not installed')
-    folder = tmp_path_factory.mktemp('whole')
+    folder = tmp_path_factory.mktemp('uninterrupted')
     tiny_search(folder, visualdl=folder / 'log', report_freq=1)
     return folder
 
 
-def test_the_curves_are_the_history(whole):
-    read, lines = curves(whole / 'log'), history(whole)
+def test_the_curves_equal_the_history(uninterrupted):
+    read, lines = curves(uninterrupted / 'log'), history(uninterrupted)
     assert [x for x, _ in read['step/train_loss', '']] == [1, 2, 3, 4, 5, 6]
     for step, line in ((3, lines[0]), (6, lines[1])):
         assert read['step/train_loss', ''][step - 1][1] == pytest.approx(line['train_loss'])
         assert read['step/lr', ''][step - 1][1] == pytest.approx(line['lr'])
     for name in ('train_loss', 'valid_loss', 'valid_top1', 'lr', 'entropy_normal', 'entropy_reduce', 'skip_connects'):
-        assert [x for x, _ in read[f'epoch/{name}', '']] == [1, 2]
-        assert [value for _, value in read[f'epoch/{name}', '']] == pytest.approx([line[name] for line in lines])
+        assert read[f'epoch/{name}', ''] == [(k, pytest.approx(line[name])) for k, line in enumerate(lines, 1)]
     for kind in ('normal', 'reduce'):
         for edge, tag in ((0, '0 to 2'), (7, '2 to 4'), (13, '4 to 5')):
             for number, operation in enumerate(PRIMITIVES):
@@ -180,27 +160,23 @@ def test_the_curves_are_the_history(whole):
 
 
 @pytest.mark.parametrize('cut_off', [0, 3])
-def test_the_curves_of_a_resumed_run_go_on(tmp_path, whole, cut_off):
+def test_the_curves_of_a_resumed_run_equal_those_of_the_uninterrupted_one(tmp_path, uninterrupted, cut_off):
     flags = dict(report_freq=1, save_freq=3, visualdl=tmp_path / 'log')
     with pytest.raises(Crash):
-        # There is a checkpoint at the end of the first epoch: the last two steps are done again.
+        # The last checkpoint is that of the first epoch: the last two steps are repeated.
         tiny_search(tmp_path / 'run', crash_after=5, **flags)
     path = tmp_path / 'log' / dashboard.FILE
-    if cut_off:                                        # as a kill in the middle of writing leaves it
-        path.write_bytes(path.read_bytes()[:-cut_off])
+    path.write_bytes(path.read_bytes()[:path.stat().st_size - cut_off])      # like a kill while the file was written
     assert tiny_search(tmp_path / 'run', resume=True, **flags) == 3
-    resumed, uninterrupted = curves(tmp_path / 'log'), curves(whole / 'log')
-    for read in (resumed, uninterrupted):
-        read.pop(('epoch/seconds', ''))
-    assert resumed == uninterrupted
+    assert curves(tmp_path / 'log') == curves(uninterrupted / 'log')
 
 
-def test_the_curves_of_another_run_are_not_mixed_with_its_own(tmp_path):
+def test_a_folder_with_curves_of_another_run_is_refused(tmp_path):
     folder = tmp_path / 'log'
     dashboard.Dashboard(str(folder), resume=False)
-    assert os.listdir(folder) == []                    # a run that never began can begin again
+    assert os.listdir(folder) == []                    # a run that fails before its first value can be started again
     (folder / dashboard.FILE).write_bytes(b'')
-    with pytest.raises(utils.UserError, match='holds the curves of a run already'):
+    with pytest.raises(utils.UserError, match='already holds the curves of a run'):
         dashboard.Dashboard(str(folder), resume=False)
     dashboard.Dashboard(str(folder), resume=True)
     (tmp_path / 'file').write_text('')

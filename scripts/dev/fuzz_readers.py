@@ -1,21 +1,23 @@
-"""Gives each reader thousands of damaged files, and counts what it makes of them.
+"""Gives damaged files to every reader, and counts the outcomes.
 
-    python scripts/fuzz_readers.py                                 # 2000 inputs for each reader
-    python scripts/fuzz_readers.py --count 10000 --seed 3 --only checkpoint
+    python scripts/dev/fuzz_readers.py                             # 2000 inputs per reader
+    python scripts/dev/fuzz_readers.py --count 10000 --seed 3 --only checkpoint
 
-A valid file of each format is altered: bits flipped, cut off, bytes put in, taken out, repeated, fields and numbers set
-to extreme values. An input may end in the error that the reader documents, or in a right result: where the format has
-a checksum that is what the unaltered file holds, and where it has none a well-formed one ("different"). "inside" means
-that the content was altered under right checksums, as somebody with bad intentions would. Everything else is a
-failure, with exit code 1: another exception, a crash, more than 5 seconds of computing, more than 600 MB of memory, a
-wrong array. The reading is done in processes of their own. What needs torch is left out without it.
+An input is a valid file with damage: bits flipped, bytes removed, inserted or moved, fields and numbers set to extreme
+values. It may end in a UserError or ValueError with a message, in the result of the undamaged file ("equal"), or, where
+the format has no checksum, in another well-formed result ("different"; "inside": the content is damaged and its
+checksums are right, as in a file made with bad intentions). Everything else is a failure, with exit code 1: another
+exception, a crash, more than 5 seconds of computation, more than 600 MB of memory, a wrong result. Child processes read
+the files. The readers of PyTorch's files are left out when torch is not installed.
 """
+from __future__ import annotations
+
 import argparse
+import gc
 import gzip
 import io
 import json
 import logging
-import mmap
 import os
 import re
 import resource
@@ -25,12 +27,12 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
-
-import utils
+SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [os.path.dirname(SCRIPTS), SCRIPTS]
 
 import numpy as np
 from PIL import Image
@@ -39,20 +41,32 @@ import convert_weights
 import genotypes
 import imagenet_reader
 import reader
+import utils
 from engine import checkpoint, console
 from model import NetworkCIFAR
 from model_search import Supernet
 from utils import UserError
 
-MOST_SECONDS, MOST_MEMORY = 5, 600         # MB; a WebP of imagenet_reader.MOST_PIXELS takes 540
-BLOCK = 200                                # inputs of a process: Paddle keeps what every network of it has held
-ADDRESS_SPACE = 4 << 30                    # bytes beyond what the process has: protects the machine from a failure
+MAX_SECONDS, MAX_MEMORY = 5, 600           # of computation; MB: a WebP of imagenet_reader.MOST_PIXELS takes 540
+INPUTS_PER_PROCESS = 200                   # Paddle keeps the memory of every network of a process
+ADDRESS_SPACE = 4 << 30                    # bytes in addition to those at the start: protects the machine
+OUTCOMES = ('errors', 'equal', 'different', 'failures')
+TIMERS = {signal.ITIMER_PROF: signal.SIGPROF, signal.ITIMER_REAL: signal.SIGALRM}
 
-Subject = namedtuple('Subject', 'name path content read checksum pack')
-Subject.__doc__ = """A reader and a valid file: read() reads the file `path`, raises UserError or ValueError, and
-returns something that == compares; content: bytes to be altered; checksum: whether an altered result is a failure;
-pack: makes the content of the file out of `content`."""
-Result = namedtuple('Result', 'inputs errors equal different failures')
+
+class Subject(NamedTuple):
+    """A reader and a valid file.
+
+    read: returns the content of the file `path`, or raises UserError or ValueError; content: the bytes to damage;
+    checksum: whether another result is a failure; pack: returns the file for damaged `content`.
+    """
+
+    name: str
+    path: str
+    content: bytes
+    read: Callable[[], Any]
+    checksum: bool = False
+    pack: Callable[[bytes], bytes] = bytes
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -62,235 +76,219 @@ NUMBERS = (b'0', b'-1', b'1', b'255', b'65536', b'2147483648', b'999999999999999
            b'null', b'[]', b'"x"', b'true')
 
 
-def mutate(content, rng):
-    """`content` with some damage out of a dozen kinds, drawn from rng."""
+def mutate(content: bytes, rng: np.random.Generator) -> bytes:
+    """Returns `content` with damage of one of ten kinds, drawn from rng."""
     changed = bytearray(content)
     kind, size = rng.integers(10), len(content)
 
-    def place():
-        # Headers, which stand at either end, are a small part of most files.
+    def position() -> int:
+        # Headers are at the start or the end and a small part of most files: two draws in three are near an end.
         near = int(rng.integers(min(size, 600)))
         return (near, size - 1 - near, int(rng.integers(size)))[rng.integers(3)]
 
-    if kind <= 2:
+    if kind <= 2:                                                     # one bit, or several
         for _ in range((1, 1, rng.integers(2, 9))[kind]):
-            changed[place()] ^= 1 << rng.integers(8)
-    elif kind == 3:
-        del changed[place():]
-    elif kind == 4:
-        at = place()
-        changed[at:at] = rng.bytes(rng.integers(1, 40))
-    elif kind == 5:
-        at = place()
-        del changed[at:at + rng.integers(1, 40)]
+            changed[position()] ^= 1 << rng.integers(8)
+    elif kind == 3:                                                   # the end is missing
+        del changed[position():]
+    elif kind == 4:                                                   # bytes inserted
+        start = position()
+        changed[start:start] = rng.bytes(rng.integers(1, 40))
+    elif kind == 5:                                                   # bytes removed
+        start = position()
+        del changed[start:start + rng.integers(1, 40)]
     elif kind == 6:                                                   # a field of 1 to 8 bytes
-        at, length = place(), 1 << rng.integers(4)
+        start, length = position(), 1 << rng.integers(4)
         fields = (b'\xff' * length, bytes(length), b'\x7f' + b'\xff' * (length - 1), b'\xff' * (length - 1) + b'\x7f',
                   b'\x80' + bytes(length - 1), rng.bytes(length))
-        changed[at:at + length] = fields[rng.integers(len(fields))]
-    elif kind == 7:                                                   # repeated, or moved elsewhere
-        at, length = place(), int(rng.integers(1, 200))
-        to = place()
-        changed[to:to + length * rng.integers(2)] = content[at:at + length]
-    elif kind == 8:                                                   # a byte in hiding that means something in text
-        changed[place()] = b' \n\r\0",:[]{}\x1c\x85\\/'[rng.integers(15)]
-    else:                                                             # a number in text
-        found = [match.span() for match in re.finditer(rb'-?[0-9.]+', content)]
-        first, last = found[rng.integers(len(found))] if found else (place(),) * 2
+        changed[start:start + length] = fields[rng.integers(len(fields))]
+    elif kind == 7:                                                   # bytes repeated elsewhere
+        start, length = position(), int(rng.integers(1, 200))
+        target = position()
+        changed[target:target + length * rng.integers(2)] = content[start:start + length]
+    elif kind == 8:                                                   # a byte with a meaning in text formats
+        changed[position()] = b' \n\r\0",:[]{}\x1c\x85\\/'[rng.integers(15)]
+    else:                                                             # a number in a text
+        spans = [match.span() for match in re.finditer(rb'-?[0-9.]+', content)]
+        first, last = spans[rng.integers(len(spans))] if spans else (position(),) * 2
         changed[first:last] = NUMBERS[rng.integers(len(NUMBERS))]
     return bytes(changed)
 
 
 # ---------------------------------------------------------------------------------------------------
-# One reader
+# Examination of a reader
 
-def _classify(read, expected, checksum):
-    """-> the field of Result that an input belongs to, and what failed."""
-    try:
-        value = read()
-    except (UserError, ValueError) as error:
-        if type(error) not in (UserError, ValueError):                # a UnicodeDecodeError is not meant by it
-            return 'failures', f"{type(error).__name__}: {error}"
-        return ('errors', None) if str(error) else ('failures', "an error without a message")
-    except Exception as error:
-        return 'failures', f"{type(error).__name__}: {error}"
-    if value == expected:
-        return 'equal', None
-    return ('failures', "a wrong result") if checksum else ('different', None)
+def examine(subject: Subject, count: int, seed: int, report: Callable[[str], None] = print) -> Counter:
+    """Gives `count` damaged files to a reader; calls `report` with a line per failure.
 
-
-def _child(subject, expected, seed, first, count, shared, failures):
-    """Reads a block of inputs from `first` on; counts in `shared`, which outlives a crash."""
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)                        # of libraries in C
-    with open('/proc/self/statm') as file:
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
-    for number in (signal.SIGALRM, signal.SIGPROF):
-        signal.signal(number, signal.SIG_DFL)
-    memory = utils.peak_memory()
-    for number in range(first, min(first + BLOCK, count)):
-        shared[0] = number
-        rng = np.random.default_rng([seed, zlib.crc32(subject.name.encode()), number])
-        _write(subject, mutate(subject.content, rng))
-        # Of computing; who waits for the processor, on a busy machine, does not hang.
-        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, 60 * MOST_SECONDS)
-        field, reason = _classify(subject.read, expected, subject.checksum)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        grown, memory = 1000 * (utils.peak_memory() - memory), utils.peak_memory()
-        if grown > MOST_MEMORY:
-            field, reason = 'failures', f"it took {grown:.0f} MB"
-        shared[1 + Result._fields[1:].index(field)] += 1
+    Returns the numbers of 'errors', 'equal', 'different' and 'failures'.
+    """
+    _write(subject, subject.content)
+    expected, outcomes = comparable(subject.read()), []    # (outcome, reason of a failure) of every input so far
+    while len(outcomes) < count:
+        sys.stdout.flush()
+        with tempfile.TemporaryFile('w+') as file:
+            child = os.fork()
+            if not child:
+                try:
+                    _read_inputs(subject, expected, seed, len(outcomes), count, file)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            status = os.waitpid(child, 0)[1]
+            file.seek(0)
+            outcomes += map(json.loads, file)
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        if status:
+            outcomes.append(('failures', f"it took more than {MAX_SECONDS} s" if number in TIMERS.values() else
+                             f"it crashed with {signal.Signals(number).name}" if number else "it ended the process"))
+    for number, (_, reason) in enumerate(outcomes):
         if reason:
-            failures.write(f"input {number}: {reason[:300]!r}\n")
-            failures.flush()
-    shared[0] += 1
+            report(f"{subject.name}, input {number}: {reason[:300]!r}")
+    _write(subject, subject.content)                       # another subject may read the same file
+    return Counter(outcome for outcome, _ in outcomes)
 
 
-def _write(subject, content):
+def _write(subject: Subject, content: bytes) -> None:
     with open(subject.path, 'wb') as file:
         file.write(subject.pack(content))
 
 
-def examine(subject, count, seed, say=print):
-    """-> Result of `count` inputs; says what each failure is."""
-    _write(subject, subject.content)
-    expected = subject.read()
-    shared = np.frombuffer(mmap.mmap(-1, 8 * 5), 'int64')             # the input's number; then the counts
-    with tempfile.TemporaryFile('w+') as failures:
-        while shared[0] < count:
-            sys.stdout.flush()
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    _child(subject, expected, seed, int(shared[0]), count, shared, failures)
-                    code = 0
-                finally:
-                    os._exit(code)
-            status = os.waitpid(child, 0)[1]
-            if not status:
-                continue
-            code = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-            reason = ("it hung" if code in (signal.SIGALRM, signal.SIGPROF) else
-                      f"it crashed with {signal.Signals(code).name}" if code else "it ended the process")
-            failures.write(f"input {shared[0]}: {reason}\n")
-            failures.flush()                   # or the next process would write it too
-            shared[4] += 1
-            shared[0] += 1
-        failures.seek(0)
-        for line in failures:
-            say(f"{subject.name}, {line.rstrip()}")
-    _write(subject, subject.content)           # other readers read it too
-    return Result(count, *(int(each) for each in shared[1:]))
+def _read_inputs(subject: Subject, expected: Any, seed: int, first: int, count: int, file) -> None:
+    """Reads the inputs from `first` on, in a child process; writes the outcomes to `file`, which outlives a crash."""
+    gc.freeze()        # a child has no copy of the threads of Paddle's objects: their destruction would crash it
+    for stream in (1, 2):                                  # libraries in C write to them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    with open('/proc/self/statm') as statm:
+        size = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
+    for number in TIMERS.values():
+        signal.signal(number, signal.SIG_DFL)
+    for number in range(first, min(first + INPUTS_PER_PROCESS, count)):
+        rng = np.random.default_rng([seed, zlib.crc32(subject.name.encode()), number])
+        _write(subject, mutate(subject.content, rng))
+        memory = utils.peak_memory()
+        # Seconds of computation: on a busy machine a process that waits for the processor does not hang.
+        for timer, seconds in zip(TIMERS, (MAX_SECONDS, 60 * MAX_SECONDS)):
+            signal.setitimer(timer, seconds)
+        outcome, reason = _outcome(subject, expected)
+        for timer in TIMERS:
+            signal.setitimer(timer, 0)
+        growth = 1000 * (utils.peak_memory() - memory)
+        if growth > MAX_MEMORY:
+            outcome, reason = 'failures', f"it took {growth:.0f} MB"
+        file.write(json.dumps([outcome, reason]) + '\n')
+        file.flush()
+
+
+def comparable(value: Any) -> Any:
+    """Returns a value in which every array is replaced by something that == compares."""
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [comparable(item) for item in value]
+    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+
+
+def _outcome(subject: Subject, expected: Any) -> tuple[str, str | None]:
+    """Reads the file; returns the outcome, and the reason of a failure."""
+    try:
+        value = comparable(subject.read())
+    except Exception as error:
+        if type(error) not in (UserError, ValueError):     # subclasses, like UnicodeDecodeError, are unintended
+            return 'failures', f"{type(error).__name__}: {error}"
+        return ('errors', None) if str(error) else ('failures', "an error without a message")
+    if value == expected:
+        return 'equal', None
+    return ('failures', "a wrong result") if subject.checksum else ('different', None)
 
 
 # ---------------------------------------------------------------------------------------------------
 # The readers
 
-def comparable(value):
-    """A value with arrays as something that == compares."""
-    if isinstance(value, dict):
-        return {key: comparable(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [comparable(each) for each in value]
-    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
-
-
-def as_is(content):
-    return content
-
-
-def npz(about, arrays):
-    file = io.BytesIO()
-    checkpoint.write_arrays(file, about, arrays)
-    return file.getvalue()
-
-
-def inside_zip(original):
-    """-> (content, pack): the members of a zip one after the other, to be altered under right checksums."""
-    with zipfile.ZipFile(io.BytesIO(original)) as file:
+def inside_zip(original: io.BytesIO) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """Returns (content, pack) of a zip file: its members in a row, and the function that zips them again."""
+    with zipfile.ZipFile(original) as file:
         members = [(member.filename, file.read(member)) for member in file.infolist()]
 
-    def pack(content):
-        packed, at = io.BytesIO(), 0
+    def pack(content: bytes) -> bytes:
+        packed, start = io.BytesIO(), 0
         with zipfile.ZipFile(packed, 'w') as file:
             for number, (name, member) in enumerate(members):
-                # What was put in or taken out shifts all that follow: most of them should stay whole.
-                end = at + len(member) if number < len(members) - 1 else len(content)
-                if content[at:end] != member and content[len(content) - (total - at - len(member)):] == b''.join(
-                        each for _, each in members[number + 1:]):
-                    end = len(content) - (total - at - len(member))
-                file.writestr(name, content[at:end])
-                at = end
+                # Inserted or removed bytes shift all members that follow; these are kept intact.
+                rest = b''.join(following for _, following in members[number + 1:])
+                end = start + len(member) if rest else len(content)
+                if content[start:end] != member and content.endswith(rest):
+                    end = len(content) - len(rest)
+                file.writestr(name, content[start:end])
+                start = end
         return packed.getvalue()
 
-    total = sum(len(member) for _, member in members)
     return b''.join(member for _, member in members), pack
 
 
-def npz_subjects(folder):
-    """Checkpoints, weights of a discrete network and of a supernet."""
-    rng = np.random.default_rng(0)
+def npz_subjects(folder: str) -> Iterator[Subject]:
+    """Yields checkpoints, weights of a discrete network and of a supernet."""
     supernet, path = Supernet(2, 3, 3, build_programs=False), os.path.join(folder, 'x.npz')
-    names = ('theta', 'alphas')
-    state = {name: supernet.store.get(name) for name in names}
-    about = {'settings': {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0}, 'epoch': 1, 'step': 2,
-             'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
+    state = {name: supernet.store.get(name) for name in ('theta', 'alphas')}
+    metadata = {'version': utils.VERSION, 'settings': {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0},
+                'epoch': 1, 'step': 2, 'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
     network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False)
-    weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
-               'mean': [0.5] * 3, 'std': [0.25] * 3}
-    content = npz(about, dict(state, velocity=rng.normal(size=3000), adam_steps=np.array(3)))
+    of_weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
+                  'mean': [0.5] * 3, 'std': [0.25] * 3}
+    velocity = np.random.default_rng(0).normal(size=3000)
 
     def read_checkpoint():
-        about, state = checkpoint.read_checkpoint(path)
-        assert isinstance(about['settings'], dict) and type(about['step']) is int
-        checkpoint.Meter(**about['meter']).means('train') if about['meter']['images'] else None
-        return comparable([about, state])
+        metadata, state = checkpoint.read_checkpoint(path)
+        assert isinstance(metadata['settings'], dict) and type(metadata['step']) is int
+        meter = checkpoint.Meter(**metadata['meter'])
+        if meter.images:
+            meter.means('train')
+        return metadata, state
 
     def read_weights():
-        about, weights = checkpoint.read_weights(path)
-        genotype = genotypes.of_weights(path, about)
-        return comparable([about, convert_weights.check_discrete(genotype, weights)])
+        metadata, weights = checkpoint.read_weights(path)
+        genotype = genotypes.of_weights(path, metadata)
+        return metadata, convert_weights.check_discrete(genotype, weights)
 
     def read_supernet():
         weights = convert_weights.check_supernet(convert_weights.read_supernet(path))
         assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in weights.values())
-        return comparable(weights)
+        return weights
 
-    for name, original, read in (('checkpoint', content, read_checkpoint),
-                                 ('weights', npz(weights, network.weights()), read_weights),
-                                 ('checkpoint of a supernet', npz(about, state), read_supernet)):
-        yield Subject(f'{name} (.npz)', path, original, read, True, as_is)
-        content, pack = inside_zip(original)
-        yield Subject(f'{name} (.npz), inside', path, content, read, False, pack)
+    for name, read, *content in (
+            ('checkpoint', read_checkpoint, metadata, dict(state, velocity=velocity, adam_steps=np.array(3))),
+            ('weights', read_weights, of_weights, network.weights()),
+            ('checkpoint of a supernet', read_supernet, metadata, state)):
+        file = io.BytesIO()
+        checkpoint.write_arrays(file, *content)
+        yield Subject(f'{name} (.npz)', path, file.getvalue(), read, checksum=True)
+        content, pack = inside_zip(file)
+        yield Subject(f'{name} (.npz), inside', path, content, read, pack=pack)
 
 
-def torch_subjects(folder):
-    """State dicts of PyTorch; none without torch."""
+def torch_subjects(folder: str) -> Iterator[Subject]:
+    """Yields state dicts of PyTorch; none without torch."""
     try:
         torch = convert_weights.import_torch()
     except UserError:
         return
     path = os.path.join(folder, 'x.pt')
-    weights = {name: torch.from_numpy(array) for name, array in NetworkCIFAR(
-        genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.0, build_programs=False).weights().items()}
+    network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, build_programs=False)
+    weights = {name: torch.from_numpy(array) for name, array in network.weights().items()}
 
     def read():
-        return comparable(convert_weights.check_discrete(
-            genotypes.DARTS_V2, convert_weights.from_state_dict(convert_weights.read_state_dict(path))))
+        found = convert_weights.from_state_dict(convert_weights.read_state_dict(path))
+        return convert_weights.check_discrete(genotypes.DARTS_V2, found)
 
     for name, new in (('state dict of PyTorch (.pt)', True), ('state dict of PyTorch, old format', False)):
         file = io.BytesIO()
         torch.save(weights, file, _use_new_zipfile_serialization=new)
-        yield Subject(name, path, file.getvalue(), read, new, as_is)
+        yield Subject(name, path, file.getvalue(), read, checksum=new)
 
 
-def text_subjects(folder):
-    """genotype.json, history.jsonl and ImageNet's lists."""
+def text_subjects(folder: str) -> Iterator[Subject]:
+    """Yields genotype.json, history.jsonl and a list of ImageNet."""
     path = os.path.join(folder, 'genotype.json')
 
     def read_genotype():
@@ -298,132 +296,113 @@ def text_subjects(folder):
         assert genotypes.check(json.loads(genotypes.dumps(genotype))) == genotype
         return genotype
 
-    yield Subject('genotype.json', path, genotypes.dumps(genotypes.DARTS_V2).encode(), read_genotype, False, as_is)
+    yield Subject('genotype.json', path, genotypes.dumps(genotypes.DARTS_V2).encode(), read_genotype)
 
-    run_folder = os.path.join(folder, 'run')
-    run = checkpoint.Run(argparse.Namespace(model_save_dir=run_folder, resume=False, visualdl=None))
-    console.log.handlers = [logging.NullHandler()]             # it warns of what is damaged
+    run = checkpoint.Run(argparse.Namespace(model_save_dir=os.path.join(folder, 'run'), resume=False, visualdl=None))
+    console.log.setLevel(logging.ERROR)                        # hides the warnings about damage
     run.save({'theta': np.arange(3.0)}, 2, 1, checkpoint.Meter())
-    history = os.path.join(run_folder, 'history.jsonl')
-    task = argparse.Namespace(state=lambda: {'theta': np.zeros(3)}, load_state=lambda state: None)
+    task = argparse.Namespace(store=argparse.Namespace(state=lambda: {'theta': np.zeros(3)},
+                                                       load_state=lambda state: None))
 
     def resume():
         assert run.restore(task)[:2] == (2, 1)
-        with open(history, 'rb') as file:
-            lines = file.read().split(b'\n')
-        assert lines.pop() == b'' and all(0 < json.loads(line)['epoch'] <= 2 for line in lines)
+        lines = run.history()
+        assert all(0 < line['epoch'] <= 2 for line in lines)
         return lines
 
     lines = [json.dumps({'epoch': epoch, 'lr': 0.025, 'train_loss': 2.25}) + '\n' for epoch in (1, 2, 3)]
-    yield Subject('history.jsonl', history, ''.join(lines).encode(), resume, False, as_is)
+    yield Subject('history.jsonl', run.path('history.jsonl'), ''.join(lines).encode(), resume)
 
-    lists = os.path.join(folder, 'lists')
-    os.makedirs(lists)
     content = ''.join(f'train/n{k % 3:08d}/n{k % 3:08d}_{k}.JPEG {k % 3}\n' for k in range(30)).encode()
-    with open(os.path.join(lists, 'val_list.txt'), 'wb') as file:
-        file.write(content)
+    utils.write_file(os.path.join(folder, 'val_list.txt'), content)
 
     def read_lists():
-        data = imagenet_reader.load(lists, 3)
+        data = imagenet_reader.load(folder, 3)
         assert len(data.train.paths) == len(data.train.labels) and set(data.train.labels) <= {0, 1, 2}
-        assert all(path.startswith((lists, '/')) for path in data.train.paths)
-        return comparable([data.train.paths, data.train.labels, data.class_names])
+        assert all(path.startswith((folder, '/')) for path in data.train.paths)
+        return data.train.paths, data.train.labels, data.class_names
 
-    yield Subject('list of ImageNet', os.path.join(lists, 'train_list.txt'), content, read_lists, False, as_is)
-
-
-def read_dataset(name, folder):
-    """A data set as something comparable, once it is certain that it is well-formed."""
-    data = reader.load(name, folder)
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
-        assert images.dtype == np.uint8 and images.shape == (len(labels), 3, 32, 32)
-        assert labels.dtype == np.int64 and 0 <= labels.min() <= labels.max() < 10
-    assert len(data.class_names) == 10 and all(isinstance(each, str) for each in data.class_names)
-    return comparable(data[2:7])
+    yield Subject('list of ImageNet', os.path.join(folder, 'train_list.txt'), content, read_lists)
 
 
-def idx_subjects(folder):
-    """Files of Fashion-MNIST, packed and not."""
-    rng = np.random.default_rng(0)
-    arrays = {'images-idx3-ubyte': rng.integers(0, 256, (3, 28, 28), 'uint8'),
-              'labels-idx1-ubyte': np.array([1, 5, 9], 'uint8')}
-    for packed in (True, False):
-        where = os.path.join(folder, f'idx{packed}')
-        os.makedirs(where)
-        files = {}
-        for half in ('train', 't10k'):
-            for name, array in arrays.items():
-                raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, '>u4').tobytes() + array.tobytes()
-                path = os.path.join(where, f'{half}-{name}' + '.gz' * packed)
-                files[path] = gzip.compress(raw, mtime=0) if packed else raw
-                with open(path, 'wb') as file:
-                    file.write(files[path])
-        for name in arrays:
-            path = os.path.join(where, f'train-{name}' + '.gz' * packed)
-            yield Subject(f'Fashion-MNIST: {os.path.basename(path)}', path, files[path],
-                          lambda where=where: read_dataset('fashion_mnist', where), packed, as_is)
+def idx_subjects(folder: str) -> Iterator[Subject]:
+    """Yields the files of Fashion-MNIST, compressed and uncompressed."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), 'uint8'), np.array([1, 5, 9], 'uint8')
+
+    def read(data_dir: str):
+        data = reader.load('fashion_mnist', data_dir)
+        for x, y in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+            assert x.dtype == np.uint8 and x.shape == (len(y), 3, 32, 32)
+            assert y.dtype == np.int64 and set(y) <= set(range(10))
+        assert len(data.class_names) == 10 and all(isinstance(name, str) for name in data.class_names)
+        return data[2:7]
+
+    for suffix, pack in (('.gz', lambda content: gzip.compress(content, mtime=0)), ('', bytes)):
+        data_dir, contents = os.path.join(folder, f'idx{suffix}'), {}
+        os.makedirs(data_dir)
+        for name, array in (('images-idx3-ubyte', images), ('labels-idx1-ubyte', labels)):
+            shape = np.array(array.shape, '>u4').tobytes()
+            contents[name + suffix] = pack(bytes([0, 0, 8, array.ndim]) + shape + array.tobytes())
+            for half in ('train', 't10k'):
+                utils.write_file(os.path.join(data_dir, f'{half}-{name}{suffix}'), contents[name + suffix])
+        for name, content in contents.items():
+            yield Subject(f'Fashion-MNIST: train-{name}', os.path.join(data_dir, f'train-{name}'), content,
+                          lambda data_dir=data_dir: read(data_dir), checksum=bool(suffix))
 
 
-def picture_subjects(folder):
-    """Picture files of all formats."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (6, 8, 3), 'uint8')
+def image_subjects(folder: str) -> Iterator[Subject]:
+    """Yields image files of all formats that the installed Pillow can write."""
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), 'uint8')
     image = Image.fromarray(small).resize((80, 60), Image.Resampling.BICUBIC)
     exif = Image.Exif()
-    exif[0x0112] = 6
-    forms = {'JPEG': dict(quality=80, exif=exif.tobytes()), 'JPEG progressive': dict(progressive=True),
-             'PNG': {}, 'GIF': {}, 'BMP': {}, 'WEBP': {}, 'TIFF': {}, 'TIFF packed': dict(compression='tiff_lzw')}
-    for form, settings in forms.items():
-        content, path = io.BytesIO(), os.path.join(folder, f'{form}.JPEG')
+    exif[0x0112] = 6                           # the orientation
+    formats = {'JPEG': dict(quality=80, exif=exif.tobytes()), 'JPEG progressive': dict(progressive=True),
+               'PNG': {}, 'GIF': {}, 'BMP': {}, 'WEBP': {}, 'TIFF': {}, 'TIFF packed': dict(compression='tiff_lzw')}
+    for name, settings in formats.items():
+        content, path = io.BytesIO(), os.path.join(folder, f'{name}.JPEG')
         try:
-            (image.convert('P') if form == 'GIF' else image).save(content, form.split()[0], **settings)
+            (image.convert('P') if name == 'GIF' else image).save(content, name.split()[0], **settings)
         except (KeyError, OSError):
-            continue                           # this Pillow was built without it
+            continue
 
         def read(path=path):
             result = []
             for augment in (False, True):
                 try:
                     images, _, bad = imagenet_reader.make_batch([path], [0, 0], augment)
-                except UserError:              # in the training it is one unless another picture takes its place
+                except UserError:              # the only image is unreadable; a run would replace it by another image
                     continue
                 assert images.shape == (len(images), 3, 224, 224) and images.dtype == np.uint8
                 if bad:
                     raise ValueError(bad[path])
-                result.append(comparable(images))
+                result.append(images)
             return result
 
-        yield Subject(f'picture: {form}', path, content.getvalue(), read, False, as_is)
+        yield Subject(f'image: {name}', path, content.getvalue(), read)
 
 
-def subjects(folder):
-    for make in (npz_subjects, torch_subjects, text_subjects, idx_subjects, picture_subjects):
-        yield from make(folder)
-
-
-def main():
+def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--count', type=utils.number(int, 1), default=2000, help='inputs for each reader (%(default)s)')
-    add('--seed', type=utils.number(int, 0), default=0, help='of the damage (%(default)s)')
-    add('--only', default='', metavar='TEXT', help='the readers whose name holds the text')
+    add('--count', type=utils.number(int, 1), default=2000, help='inputs per reader (%(default)s)')
+    add('--seed', type=utils.number(int, 0), default=0, help='seed of the damage (%(default)s)')
+    add('--only', default='', metavar='TEXT', help='part of the names of the readers to examine (all)')
     args = parser.parse_args()
-    began, totals = time.time(), np.zeros(5, int)
-    print(f"{'reader':<40} {'inputs':>8} {'errors':>8} {'equal':>8} {'different':>10} {'failures':>9}")
+    began, sums = time.time(), Counter()
+    row = '{:<42} {:>9} {:>9} {:>9} {:>9} {:>9}'.format
+    print(row('reader', 'inputs', *OUTCOMES))
     with tempfile.TemporaryDirectory() as folder:
-        for subject in subjects(folder):
-            if args.only not in subject.name:
-                continue
-            result = examine(subject, args.count, args.seed)
-            totals += result
-            different = '-' if subject.checksum else result.different
-            print(f"{subject.name:<40} {result.inputs:>8} {result.errors:>8} {result.equal:>8} {different:>10} "
-                  f"{result.failures:>9}", flush=True)
-    if not totals[0]:
+        for subjects in (npz_subjects, torch_subjects, text_subjects, idx_subjects, image_subjects):
+            for subject in subjects(folder):
+                if args.only in subject.name:
+                    counts = examine(subject, args.count, args.seed)
+                    sums += counts
+                    print(row(subject.name, args.count, *(counts[outcome] for outcome in OUTCOMES)), flush=True)
+    if not sums:
         raise UserError(f"--only {args.only}: no reader has that in its name")
-    print("{:<40} {:>8} {:>8} {:>8} {:>10} {:>9}".format('together', *totals))
+    print(row('sum', sum(sums.values()), *(sums[outcome] for outcome in OUTCOMES)))
     print(f"{time.time() - began:.0f} s")
-    sys.exit(1 if totals[-1] else 0)
+    sys.exit(1 if sums['failures'] else 0)
 
 
 if __name__ == '__main__':

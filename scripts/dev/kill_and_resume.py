@@ -1,14 +1,16 @@
-"""Kills searches and trainings with SIGKILL at random moments, resumes each, and compares the end to the bit.
+"""Kills searches and trainings with SIGKILL at random moments, resumes them, and compares the results bitwise.
 
-    python scripts/kill_and_resume.py                              # 20 searches and 20 trainings, each killed once
-    python scripts/kill_and_resume.py --number 3 --seed 7 --scripts train.py
+    python scripts/dev/kill_and_resume.py                          # 20 searches and 20 trainings, each killed once
+    python scripts/dev/kill_and_resume.py --number 3 --seed 7 --scripts train.py
 
-Each run is a small one on part of fashion_mnist_sample, with a checkpoint after every step. Three in ten are killed
-while a checkpoint is being written (its `.part` is there), one while another file is, one before there is a
-checkpoint (such a run starts again without --resume), the others anywhere. What an uninterrupted run leaves behind is
-compared with what the resumed one does: the last two checkpoints, the history without the seconds, genotype.json or
-the weights, and the names of all files. Exit code 1 when anything differs.
+A run is a small one on a part of fashion_mnist_sample, with a checkpoint after every step. Of ten runs three are killed
+while a checkpoint is written (its `.part` exists), one while another file is written, one before the first checkpoint
+(that run is started again without --resume), and five at any moment. The files of the resumed run are compared with
+those of an uninterrupted run: the last two checkpoints, the history without its seconds, genotype.json or the weights,
+and the names of all files. The exit code is 1 when a run differs.
 """
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -17,33 +19,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
-
-import utils
 
 import numpy as np
 
 import make_sample
 import reader
+import utils
 from engine import checkpoint
 from utils import UserError
 
 SCRIPTS = ('train_search.py', 'train.py')
-EPOCHS, STEPS = 3, 5                       # of the small run; of an epoch
-BATCH_SIZE = {'train_search.py': 4, 'train.py': 8}             # the search trains weights with half of the images
-IMAGES = BATCH_SIZE['train.py'] * STEPS // 10                  # of each class
-
-Moment = namedtuple('Moment', 'kind target delay')
-Moment.__doc__ = """kind: 'start', 'checkpoint' or 'file' (while one is written) or 'anywhere'; target: how many steps
-are in a checkpoint before the kill; delay: seconds from then on, or from the start of the process."""
+EPOCHS, STEPS = 3, 5                                           # of a run; of an epoch
+BATCH_SIZE = {'train_search.py': 4, 'train.py': 8}             # a search trains the weights on half of the images
+IMAGES = BATCH_SIZE['train.py'] * STEPS // 10                  # per class
 
 
-def draw_moments(number, seed, step_seconds, start_seconds):
-    """The moments of `number` kills, of all kinds in a fixed order."""
+class Moment(NamedTuple):
+    """When to kill a run: `delay` seconds after a checkpoint of `target` steps, or after the start of the process."""
+
+    kind: str          # 'start', 'anywhere', 'checkpoint' (while a checkpoint is written) or 'file' (another file)
+    target: int
+    delay: float
+
+
+def draw_moments(number: int, seed: int, step_seconds: float, start_seconds: float) -> list[Moment]:
+    """Returns random moments of all kinds, the kinds in a fixed order."""
     rng = np.random.default_rng(seed)
     moments = []
     for k in range(number):
@@ -53,43 +58,47 @@ def draw_moments(number, seed, step_seconds, start_seconds):
     return moments
 
 
-def command(script, data, folder, *flags):
+def command(script: str, data: str, folder: str, *flags: str) -> list[str]:
+    """Returns the command line of a small run on the data set in `data`."""
     return [sys.executable, os.path.join(ROOT, script), '--dataset', 'fashion_mnist_sample', '--data', data,
             '--init_channels', '2', '--layers', '3', '--batch_size', str(BATCH_SIZE[script]), '--epochs', str(EPOCHS),
             '--save_freq', '1', '--report_freq', '1', '--use_gpu', 'False', '--model_save_dir', folder, *flags]
 
 
-def start(script, data, folder, *flags):
+def start(script: str, data: str, folder: str, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command(script, data, folder, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                             text=True)
 
 
-def finish(process):
-    """Waits for a run that has to succeed; UserError with what it said otherwise."""
-    said = process.communicate()[1]
+def finish(process: subprocess.Popen) -> None:
+    """Waits for the end of a run; raises UserError with its last line on stderr when it fails."""
+    error = process.communicate()[1].strip()
     if process.returncode:
-        raise UserError(f"{os.path.basename(process.args[1])} ended with {process.returncode}: "
-                        f"{said.strip().splitlines()[-1] if said.strip() else ''}")
+        raise UserError(f"{os.path.basename(process.args[1])} ended with exit code {process.returncode}: "
+                        f"{error.splitlines()[-1] if error else ''}")
 
 
-def names(folder):
+def file_names(folder: str) -> list[str]:
     return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
-def progress(folder):
-    """-> (steps in the last checkpoint, or None without one; the files that are being written)."""
-    found = names(folder)
-    checkpoints = [name for name in found if name.startswith('checkpoint-') and name.endswith('.npz')]
-    epoch, step = map(int, checkpoints[-1][:-len('.npz')].split('-')[1:]) if checkpoints else (0, None)
-    return None if step is None else epoch * STEPS + step, [name for name in found if name.endswith('.part')]
+def progress(folder: str) -> tuple[int | None, list[str]]:
+    """Returns the number of steps in the last checkpoint (None without one), and the files that are being written."""
+    names = file_names(folder)
+    checkpoints = [name for name in names if name.startswith('checkpoint-') and name.endswith('.npz')]
+    steps = None
+    if checkpoints:
+        epoch, step = map(int, checkpoints[-1][:-len('.npz')].split('-')[1:])
+        steps = epoch * STEPS + step
+    return steps, [name for name in names if name.endswith('.part')]
 
 
-def kill(process, folder, moment):
-    """Sends SIGKILL at the moment; -> whether the run was still going."""
+def kill(process: subprocess.Popen, folder: str, moment: Moment) -> bool:
+    """Sends SIGKILL at the moment; returns False when the run has ended before it."""
     if moment.kind != 'start':
         while process.poll() is None:
-            done, writing = progress(folder)
-            if done is not None and done >= moment.target and (moment.kind == 'anywhere' or any(
+            steps, writing = progress(folder)
+            if steps is not None and steps >= moment.target and (moment.kind == 'anywhere' or any(
                     name.startswith('checkpoint-') == (moment.kind == 'checkpoint') for name in writing)):
                 break
             time.sleep(0.002 if moment.kind == 'anywhere' else 0)
@@ -100,35 +109,36 @@ def kill(process, folder, moment):
     return process.wait() < 0
 
 
-def end_of(folder):
-    """{what: value} that a finished run leaves behind, without what time alone decides."""
-    found = names(folder)
-    end = {'names of the files': found}
-    for name in found:
+def results_of(folder: str) -> dict:
+    """Returns {file name: content} of a finished run, without the measured seconds."""
+    names = file_names(folder)
+    results = {'names of the files': names}
+    for name in names:
         path = os.path.join(folder, name)
         if name.endswith('.npz'):
-            about, arrays = checkpoint.read_arrays(path)
+            metadata, arrays = checkpoint.read_arrays(path)
             if name.startswith('checkpoint-'):
-                about['meter'].pop('seconds')
-            end[name] = about, {key: (array.dtype.str, array.shape, array.tobytes()) for key, array in arrays.items()}
-        elif name == 'genotype.json':
+                metadata['meter'].pop('seconds')
+            results[name] = metadata, {key: (array.dtype.str, array.shape, array.tobytes())
+                                       for key, array in arrays.items()}
+        elif name in ('genotype.json', 'history.jsonl'):
             with open(path, encoding='utf-8') as file:
-                end[name] = file.read()
-        elif name == 'history.jsonl':
-            with open(path, encoding='utf-8') as file:
-                end[name] = [{key: value for key, value in json.loads(line).items() if key != 'seconds'}
-                             for line in file]
-    return end
+                lines = [json.loads(line) for line in file]
+            results[name] = [{key: value for key, value in line.items() if key != 'seconds'} for line in lines]
+    return results
 
 
-def differences(one, other):
-    """The names of what differs in two `end_of`."""
-    return [name for name in sorted(set(one) | set(other)) if one.get(name) != other.get(name)]
+def differences(results: dict, other: dict) -> list[str]:
+    """Returns the names of the entries in which two `results_of` differ."""
+    return [name for name in sorted(set(results) | set(other)) if results.get(name) != other.get(name)]
 
 
-def kill_and_resume(script, data, folder, moment, expected):
-    """-> (when it was killed, as a text; whether a file was being written then; what differs in the end)."""
-    for attempt in range(5):                   # on a busy machine a run may be over before its moment
+def kill_and_resume(script: str, data: str, folder: str, moment: Moment, expected: dict) -> tuple[str, bool, list[str]]:
+    """Kills and resumes one run.
+
+    Returns a description of the moment, whether a file was being written at it, and what differs from `expected`.
+    """
+    for attempt in range(5):                   # on a busy machine a run may end before its moment
         if attempt:
             moment = moment._replace(delay=moment.delay / 4, target=moment.target // 2)
         shutil.rmtree(folder, ignore_errors=True)
@@ -137,52 +147,53 @@ def kill_and_resume(script, data, folder, moment, expected):
             break
         finish(process)
     else:
-        raise UserError(f"{script} was over before it could be killed, five times")
-    done, writing = progress(folder)
-    if done is None:
-        when = 'before the first checkpoint'
+        raise UserError(f"{script} ended before it could be killed, five times")
+    steps, writing = progress(folder)
+    if steps is None:
+        description = 'before the first checkpoint'
     else:
-        when = f'epoch {done // STEPS + 1}, {done % STEPS} of {STEPS} steps saved'
+        description = f'epoch {steps // STEPS + 1}, {steps % STEPS} of {STEPS} steps saved'
     if writing:
-        when += f', writing {writing[0][:-len(".part")]}'
-    finish(start(script, data, folder, *([] if done is None else ['--resume'])))
-    differing = differences(end_of(folder), expected)
+        description += f', writing {writing[0][:-len(".part")]}'
+    finish(start(script, data, folder, *([] if steps is None else ['--resume'])))
+    differing = differences(results_of(folder), expected)
     shutil.rmtree(folder)
-    return when, bool(writing), differing
+    return description, bool(writing), differing
 
 
-def main():
+def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('--number', type=utils.number(int, 1), default=20, help='kills of each script (%(default)s)')
-    add('--seed', type=utils.number(int, 0), default=0, help='of the moments (%(default)s)')
-    add('--scripts', nargs='+', choices=SCRIPTS, default=SCRIPTS, help='(both)')
-    add('--jobs', type=utils.number(int, 1), default=1, help='runs at a time (%(default)s)')
+    add('--seed', type=utils.number(int, 0), default=0, help='seed of the moments (%(default)s)')
+    add('--scripts', nargs='+', choices=SCRIPTS, default=SCRIPTS, help='scripts to kill (both)')
+    add('--jobs', type=utils.number(int, 1), default=1, help='number of runs at a time (%(default)s)')
     args = parser.parse_args()
-    began, failed, total, in_writing = time.time(), 0, 0, 0
+    began, kills, different, while_writing = time.time(), 0, 0, 0
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(args.jobs) as pool:
         data = os.path.join(root, 'data')
         make_sample.make(reader.default_folder('fashion_mnist_sample'), data, train=IMAGES, test=2)
-        print(f"{'script':<16} {'kill':>4}  {'killed':<72} end")
+        print(f"{'script':<16} {'kill':>4}  {'moment':<72} result")
         for script in args.scripts:
-            whole, started = os.path.join(root, 'whole'), time.time()
-            process = start(script, data, whole)
-            while process.poll() is None and progress(whole)[0] is None:
+            folder, started = os.path.join(root, 'uninterrupted'), time.time()
+            process = start(script, data, folder)
+            while process.poll() is None and progress(folder)[0] is None:
                 time.sleep(0.01)
             ready = time.time()
             finish(process)
             moments = draw_moments(args.number, args.seed, (time.time() - ready) / (EPOCHS * STEPS), ready - started)
-            expected = end_of(whole)
-            shutil.rmtree(whole)
-            results = pool.map(lambda each: kill_and_resume(
-                script, data, os.path.join(root, f'run{each[0]}'), each[1], expected), enumerate(moments))
-            for k, (when, writing, differing) in enumerate(results, 1):
-                print(f"{script:<16} {k:>4}  {when:<72} {'differs: ' + ', '.join(differing) if differing else 'equal'}",
-                      flush=True)
-                total, failed, in_writing = total + 1, failed + bool(differing), in_writing + writing
-    print(f"{total} kills, {in_writing} of them while a file was being written: {total - failed} equal to the "
-          f"uninterrupted run, {failed} different; {time.time() - began:.0f} s")
-    sys.exit(1 if failed else 0)
+            expected = results_of(folder)
+            shutil.rmtree(folder)
+            runs = [pool.submit(kill_and_resume, script, data, os.path.join(root, f'run{k}'), moment, expected)
+                    for k, moment in enumerate(moments)]
+            for k, run in enumerate(runs, 1):
+                description, writing, differing = run.result()
+                result = 'differs: ' + ', '.join(differing) if differing else 'equal'
+                print(f"{script:<16} {k:>4}  {description:<72} {result}", flush=True)
+                kills, different, while_writing = kills + 1, different + bool(differing), while_writing + writing
+    print(f"{kills} kills, {while_writing} of them while a file was being written: {kills - different} runs equal to "
+          f"the uninterrupted one, {different} different; {time.time() - began:.0f} s")
+    sys.exit(1 if different else 0)
 
 
 if __name__ == '__main__':
