@@ -22,6 +22,7 @@ from engine.console import log
 from engine.optimizers import MomentumSGD
 from genotypes import PRIMITIVES
 from model_search import Supernet
+from utils import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -107,14 +108,21 @@ class Search:
                     genotype=genotype._asdict())
 
     def too_many_skips(self, genotype: genotypes.Genotype) -> bool:
-        return self.args.stop_at_skips is not None and genotypes.skip_connects(genotype) >= self.args.stop_at_skips
+        limit = self.args.stop_at_skips
+        return limit is not None and genotypes.skip_connects(genotype) >= limit
 
     def stop_reason(self, record: dict) -> str | None:
         """Returns why --stop_at_skips ends the search after this line of history.jsonl, or None.
 
         genotype.json is then the last genotype with fewer skip connections, if there is one.
         """
-        found = {line['epoch']: genotypes.check(line['genotype']) for line in [*self.run.history(), record]}
+        if self.args.stop_at_skips is None:
+            return None
+        try:
+            found = {line['epoch']: genotypes.check(line['genotype']) for line in [*self.run.history(), record]}
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{self.run.path('history.jsonl')} has a line without a genotype ({error!r}), which "
+                            "--stop_at_skips needs: restore the file, or leave out --stop_at_skips") from None
         if not self.too_many_skips(found[record['epoch']]):
             return None
         reason = (f"the search ended with epoch {record['epoch']}, whose normal cell has "
@@ -145,13 +153,14 @@ def format_mixing_weights(name: str, table) -> str:
 def main() -> None:
     args = parse_args()
     place = trainer.start(args)
+    pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
     data = distributed.local_rank0_first(lambda: reader.load(args.dataset, args.data))
     args.class_num = utils.check_class_num(args.class_num, data)
     run = Run(args)
     trainer.set_up(args, place)
     search = Search(args, data, run, place)
-    if args.pretrained:
-        search.supernet.load_weights(read_weights(args.pretrained)[1])
+    if pretrained:
+        search.supernet.load_weights(pretrained)
     log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
     trainer.announce_graph(search.store)
     trainer.run_epochs(search, run, args)

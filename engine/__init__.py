@@ -10,11 +10,13 @@ first `import paddle`, so a module that uses Paddle imports something of `engine
   hidden. imagenet_reader reports the images that cannot be read.
 * Paddle sets OMP_NUM_THREADS to 1 where the user has not set it: the user's value is kept in `OMP_NUM_THREADS`.
 * glibc returns freed memory to the system after each step and faults it in again: see `_keep_freed_memory`.
+* Paddle 2.6 exports zlib's symbols: Python's zlib crashes if it is loaded after Paddle, so it is loaded before.
 * Programs are built in static mode: paddle.enable_static().
 """
 import ctypes
 import os
 import warnings
+import zlib  # noqa: F401  see above
 
 OMP_NUM_THREADS: str = os.environ.get('OMP_NUM_THREADS', '')
 

@@ -253,18 +253,18 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, np.ndarray]]:
     Raises ValueError when it is damaged, UserError when another version of this project wrote it.
     """
     metadata, state = read_arrays(path)
-    keys = {'settings', 'epoch', 'step', 'meter'}
-    if not isinstance(metadata, dict) or not keys <= set(metadata) <= keys | {'version'}:
+    if not isinstance(metadata, dict) or not {'settings', 'epoch', 'step', 'meter'} <= set(metadata):
         raise ValueError("its metadata are incomplete")
-    meter = metadata['meter']
-    if not (isinstance(metadata['settings'], dict) and isinstance(meter, dict) and set(meter) == set(vars(Meter()))
-            and all(type(metadata[name]) is int and metadata[name] >= 0 for name in ('epoch', 'step'))
-            and all(type(value) in (int, float) for value in meter.values())):
-        raise ValueError("its metadata are not those of a checkpoint")
     version = str(metadata.get('version', '0.1'))
     if version.split('.')[:2] != utils.VERSION.split('.')[:2]:
         raise UserError(f"{path} was written by version {version[:20]} of this project, this is {utils.VERSION}: "
                         "finish the run with that version, or start again in another folder (--model_save_dir)")
+    meter = metadata['meter']
+    if not (set(metadata) == {'version', 'settings', 'epoch', 'step', 'meter'}
+            and isinstance(metadata['settings'], dict) and isinstance(meter, dict) and set(meter) == set(vars(Meter()))
+            and all(type(metadata[name]) is int and metadata[name] >= 0 for name in ('epoch', 'step'))
+            and all(type(value) in (int, float) for value in meter.values())):
+        raise ValueError("its metadata are not those of a checkpoint")
     return metadata, state
 
 

@@ -119,7 +119,7 @@ def _train_epoch(task, run: Run, args: argparse.Namespace, epoch: int, step: int
             if stopping:
                 bar.close()
                 signals.exit(f"after step {step} of epoch {epoch + 1}")
-    percent = 100 / (time.time() - resumed)
+    percent = 100 / max(time.time() - resumed, 1e-9)           # a run may resume after the last step of an epoch
     shares = f"{percent * waiting:.1f} % of the training time was spent waiting for input"
     if distributed.world_size > 1:
         shares += f", {percent * (distributed.seconds - collectives):.1f} % in collective operations"

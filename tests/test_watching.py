@@ -94,6 +94,16 @@ def test_too_many_skips_end_the_search_with_the_last_genotype_below_the_limit(tm
     assert epochs == 0 and 'ended' not in output and skips_in(tmp_path) == 2
 
 
+def test_a_history_line_without_genotype_matters_only_to_a_limit(tmp_path, search):
+    with pytest.raises(Crash):
+        search(1, 0, crash_after=3)
+    path = tmp_path / 'run' / 'history.jsonl'
+    path.write_text('{"epoch": 1}\n')
+    assert search(1, 0, resume=True)[0] == 1
+    with pytest.raises(utils.UserError, match='history.jsonl has a line without a genotype.*leave out --stop_at_skips'):
+        search(1, 0, resume=True, stop_at_skips=3)
+
+
 def test_a_limit_given_with_resume_counts_for_the_epochs_before(tmp_path, search):
     with pytest.raises(Crash):
         search(4, 5, 6, crash_after=6)

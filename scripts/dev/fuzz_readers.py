@@ -47,7 +47,7 @@ from model import NetworkCIFAR
 from model_search import Supernet
 from utils import UserError
 
-MAX_SECONDS, MAX_MEMORY = 5, 600           # of computation; MB: a WebP of imagenet_reader.MOST_PIXELS takes 540
+MAX_SECONDS, MAX_MEMORY = 5, 600           # of computation; MB: a WebP of imagenet_reader.MAX_PIXELS takes 540
 INPUTS_PER_PROCESS = 200                   # Paddle keeps the memory of every network of a process
 ADDRESS_SPACE = 4 << 30                    # bytes in addition to those at the start: protects the machine
 OUTCOMES = ('errors', 'equal', 'different', 'failures')
