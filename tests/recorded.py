@@ -1,4 +1,4 @@
-"""Runs a script in this process and records its state and the bytes that it sent, after each step.
+"""Runs a script in this process and records state, result and bytes sent of each step.
 
     python tests/recorded.py FILE SCRIPT FLAGS...         # writes FILE.<rank>.npz, {epoch/step/vector: array}
 """
@@ -35,6 +35,7 @@ def main():
             sent.clear()
             result = train_step(batch, epoch, step)
             states[f'{epoch}/{step}/sent'] = np.array(sent)
+            states[f'{epoch}/{step}/result'] = np.array(result, 'float64')        # of the shard of this rank
             for name in VECTORS:
                 if store.scope.find_var(name):
                     states[f'{epoch}/{step}/{name}'] = store.get(name)
