@@ -94,7 +94,7 @@ def test_the_history_has_the_means_over_both_ranks(recorded, script):
     folder, states, _ = recorded(script)
     lines = history(folder)
     assert [line['epoch'] for line in lines] == [1, 2]
-    # [ranks, steps, (loss, top-1, top-5, images)] of the last epoch; in the first train_imagenet.py began as one process.
+    # [ranks, steps, (loss, top-1, top-5, images)] of the last epoch; train_imagenet.py began the first as one process.
     results = np.array([[array for name, array in rank.items() if name.startswith('1/') and name.endswith('/result')]
                         for rank in states])
     assert np.abs(results[0, :, 0] - results[1, :, 0]).min() > 1e-4              # the losses of the shards differ
