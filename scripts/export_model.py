@@ -3,55 +3,61 @@
     python scripts/export_model.py --pretrained eval_cifar10/best.npz --out exported
     python scripts/export_model.py --arch DARTS_V2 --pretrained converted.npz --dataset cifar10 --out exported
 
---out gets model.pdiparams and the program beside it (model.json, on Paddle 2 model.pdmodel), which read images
-[N, 3, H, W] and give logits [N, classes], and classifier.json: how a picture becomes such an image, and
-the names of the classes. scripts/predict.py uses all three.
+Writes to --out the program (model.json; with Paddle 2 model.pdmodel) and its weights (model.pdiparams), which map
+images [N, 3, H, W] to logits [N, classes], and classifier.json: the preprocessing of an image file and the names of the
+classes. scripts/predict.py reads all three.
 """
+from __future__ import annotations
+
 import json
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import engine  # noqa: F401  before paddle
+import numpy as np          # before paddle: numpy.random crashes after libpaddle of Paddle 2.6
 
-import numpy as np
+import engine  # noqa: F401  before paddle
 import paddle
 
+import genotypes
 import imagenet_reader
 import reader
-import genotypes
-from engine import checkpoint
-from model import NetworkImageNet, network_of
-from predict import DESCRIPTION, PROGRAM, Predictor
 import utils
+from engine import checkpoint
+from model import Network, NetworkImageNet, network_of
+from predict import DESCRIPTION, PROGRAM, Predictor
 from utils import UserError
 
 TOLERANCE = 1e-4                            # of logits, relative to the largest of them
 
 
-def describe(network, about, dataset, class_names):
-    """How a picture becomes an image for the network, and what its classes are called."""
-    classes = network.classes
+def describe(network: Network, metadata: dict, dataset: str | None, class_names: list[str] | None) -> dict:
+    """Returns the content of classifier.json: preprocessing of an image file, names of the classes, version of Paddle.
+
+    metadata: of the weight file. dataset: a name in reader.DATASETS; its normalisation and class names replace those of
+    the metadata. class_names replaces both. Raises UserError when the number of names is not that of the classes.
+    """
     if isinstance(network, NetworkImageNet):
         known = {'mean': imagenet_reader.MEAN, 'std': imagenet_reader.STD, 'class_names': None}
-        input_ = {'size': imagenet_reader.SIZE, 'short_side': imagenet_reader.SHORT_SIDE, 'padding': 0}
+        sizes = {'size': imagenet_reader.SIZE, 'short_side': imagenet_reader.SHORT_SIDE, 'padding': 0}
     else:
-        source = reader.DATASETS.get(dataset or about.get('dataset'), reader.DATASETS['cifar10'])
+        source = reader.DATASETS.get(dataset or metadata.get('dataset'), reader.DATASETS['cifar10'])
         known = {'mean': source.mean, 'std': source.std, 'class_names': source.class_names}
         padding = reader.IDX_PADDING if isinstance(source, reader.Idx) else 0
-        input_ = {'size': reader.IMAGE_SIZE, 'short_side': reader.IMAGE_SIZE - 2 * padding, 'padding': padding}
+        sizes = {'size': reader.IMAGE_SIZE, 'short_side': reader.IMAGE_SIZE - 2 * padding, 'padding': padding}
     if not dataset:
-        known.update((key, about[key]) for key in known if about.get(key))
+        known.update((key, metadata[key]) for key in known if metadata.get(key))
     if class_names:
         known['class_names'] = class_names
-    if known['class_names'] and len(known['class_names']) != classes:
-        raise UserError(f"there are {len(known['class_names'])} names of classes, but the network has {classes} "
-                        "classes: give --dataset or --class_names")
-    return {**input_, **known, 'paddle': paddle.__version__}
+    if known['class_names'] and len(known['class_names']) != network.classes:
+        raise UserError(f"there are {len(known['class_names'])} names of classes, but the network has "
+                        f"{network.classes} classes: give --dataset or --class_names")
+    return {**sizes, **known, 'paddle': paddle.__version__}
 
 
-def read_class_names(path):
+def read_class_names(path: str) -> list[str]:
+    """Returns the lines of a text file that are not empty; raises UserError when it cannot be read."""
     try:
         with open(path, encoding='utf-8') as file:
             return [line.strip() for line in file if line.strip()]
@@ -59,10 +65,10 @@ def read_class_names(path):
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def check(network, folder):
-    """The largest difference of logits between the exported network and the program that was trained.
+def check(network: Network, folder: str) -> float:
+    """Returns the largest difference between logits of the network and of its export, relative to the largest logit.
 
-    Raises UserError when it is more than rounding.
+    Raises UserError when it exceeds TOLERANCE.
     """
     predictor, rng, worst = Predictor(folder), np.random.default_rng(0), 0.0
     for count in (1, 3):
@@ -70,31 +76,31 @@ def check(network, folder):
         expected, found = network.logits(images), predictor.logits(images)
         difference = float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max()))
         if not difference <= TOLERANCE:
-            raise UserError(f"the exported network differs from the trained one: logits by {difference:.1e} of their "
-                            "size; please report this")
+            raise UserError(f"the exported network differs from the trained one: logits by {difference:.1e} of the "
+                            "largest; please report this")
         worst = max(worst, difference)
     return worst
 
 
-def main():
+def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--arch', help='the genotype: a name in genotypes.py or a genotype.json (what the weights were trained with)')
-    add('--pretrained', required=True, metavar='PATH', help='the weights, an .npz of a training or a conversion')
+    add('--arch', help='genotype: a name in genotypes.py or a genotype.json (that of the weight file)')
+    add('--pretrained', required=True, metavar='PATH', help='weights, an .npz of a training or a conversion')
     add('--out', required=True, metavar='DIR', help='folder for the exported model')
     add('--dataset', choices=sorted(reader.DATASETS),
-        help='whose normalisation and class names apply, where the weights do not tell (cifar10)')
-    add('--class_names', metavar='FILE', help='a line for each class (those of the data set)')
+        help='data set whose normalisation and class names apply (that of the weight file, otherwise cifar10)')
+    add('--class_names', metavar='FILE', help='text file with one class name per line (the names of the data set)')
     args = parser.parse_args()
 
-    about, weights = checkpoint.read_weights(args.pretrained)
-    genotype = genotypes.of_weights(args.pretrained, about, args.arch)
+    metadata, weights = checkpoint.read_weights(args.pretrained)
+    genotype = genotypes.of_weights(args.pretrained, metadata, args.arch)
     try:
         network = network_of(genotype, weights, with_training=False)
     except UserError as error:
         raise UserError(f"{args.pretrained} does not fit {args.arch or 'its genotype'}: {error}") from None
     names = read_class_names(args.class_names) if args.class_names else None
-    description = describe(network, about, args.dataset, names)
+    description = describe(network, metadata, args.dataset, names)
     try:
         os.makedirs(args.out, exist_ok=True)
         network.export(os.path.join(args.out, PROGRAM))
@@ -102,7 +108,7 @@ def main():
     except OSError as error:
         raise UserError(f"cannot write to {args.out}: {error.strerror or error}") from None
     difference = check(network, args.out)
-    print(f"{args.out}: logits as those of the trained network (largest difference {difference:.1e})")
+    print(f"{args.out}: logits equal those of the trained network (largest difference {difference:.1e})")
 
 
 if __name__ == '__main__':

@@ -1,33 +1,34 @@
-"""Classifies pictures with an exported network, through paddle.inference.
+"""Classifies image files with an exported network, through paddle.inference.
 
     python scripts/export_model.py --pretrained eval_cifar10/best.npz --out exported
     python scripts/predict.py --model exported cat.jpg dog.png
 """
-import glob
+from __future__ import annotations
+
 import json
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import engine  # noqa: F401  before paddle
+import numpy as np          # before paddle: numpy.random crashes after libpaddle of Paddle 2.6
 
-import numpy as np
+import engine  # noqa: F401  before paddle
 import paddle
 from paddle import inference
 
-from imagenet_reader import validation_picture
 import utils
+from imagenet_reader import validation_picture
 from utils import UserError
 
 DESCRIPTION = 'classifier.json'
-PROGRAM = 'model'                  # what its files start with
+PROGRAM = 'model'                  # name of its files without the suffix
 
 
 class Predictor:
-    """An exported network: `scripts/export_model.py` wrote the folder. Raises UserError if it is none."""
+    """An exported network; folder: --out of scripts/export_model.py. Raises UserError for any other folder."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str):
         path = os.path.join(folder, DESCRIPTION)
         try:
             with open(path, encoding='utf-8') as file:
@@ -37,20 +38,21 @@ class Predictor:
             self.mean, self.std = (np.array(description[key], 'float32').reshape(3, 1, 1) for key in ('mean', 'std'))
             self.class_names, version = description['class_names'], str(description['paddle'])
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give the folder that export_model.py wrote") from None
+            raise UserError(f"{path} cannot be read ({error.strerror}): give the folder that export_model.py wrote"
+                            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): export the model again") from None
-        programs = glob.glob(os.path.join(glob.escape(folder), PROGRAM + '.pdmodel')) + glob.glob(
-            os.path.join(glob.escape(folder), PROGRAM + '.json'))
-        weights = os.path.join(folder, PROGRAM + '.pdiparams')
+        base = os.path.join(folder, PROGRAM)
+        programs = [path for path in (base + '.pdmodel', base + '.json') if os.path.isfile(path)]
+        weights = base + '.pdiparams'
         if not programs or not os.path.isfile(weights):
-            raise UserError(f"{folder} lacks {PROGRAM}.pdiparams or the program beside it: export the model again")
-        if programs[0].endswith('.json') and paddle.__version__.startswith('2.'):      # it would crash
+            raise UserError(f"{folder} lacks {PROGRAM}.pdiparams or its program: export the model again")
+        if programs[0].endswith('.json') and paddle.__version__.startswith('2.'):      # Paddle 2 would crash
             raise UserError(f"{folder} was exported with Paddle {version} and cannot be read by {paddle.__version__}: "
                             "export it again with the Paddle that is to use it")
         config = inference.Config(programs[0], weights)
         config.disable_glog_info()
-        if hasattr(config, 'disable_mkldnn'):   # Paddle 3 chooses oneDNN by itself, which prints notes of its own
+        if hasattr(config, 'disable_mkldnn'):   # Paddle 3 uses oneDNN by default, which prints messages
             config.disable_mkldnn()
         try:
             self._predictor = inference.create_predictor(config)
@@ -58,24 +60,27 @@ class Predictor:
             raise UserError(f"{folder} cannot be read by Paddle {paddle.__version__}, it was exported with {version}: "
                             f"{str(error).strip().splitlines()[0]}") from None
 
-    def logits(self, images):
-        """float32 [N, 3, H, W], normalised -> [N, classes]."""
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the logits [N, classes] of normalised images, float32 [N, 3, H, W]."""
         name, = self._predictor.get_input_names()
         self._predictor.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(images, 'float32'))
         self._predictor.run()
         return self._predictor.get_output_handle(self._predictor.get_output_names()[0]).copy_to_cpu()
 
-    def read(self, path):
-        """A picture file as the network takes it: its middle, resized, normalised; UserError if it cannot be read."""
+    def read(self, path: str) -> np.ndarray:
+        """Returns an image file as input of the network, float32 [3, H, W]: resized, center crop, normalised.
+
+        Raises UserError when it cannot be read.
+        """
         try:
             pixels = validation_picture(path, self.size - 2 * self.padding, self.short_side)
         except Exception as error:         # Pillow fails in many ways on a damaged file
-            raise UserError(f"{path} cannot be read as a picture: {error}") from None
+            raise UserError(f"{path} cannot be read as an image: {error}") from None
         pixels = np.pad(pixels, ((self.padding, self.padding), (self.padding, self.padding), (0, 0)))
         return (pixels.transpose(2, 0, 1) / np.float32(255) - self.mean) / self.std
 
-    def top5(self, path):
-        """[(class, probability)] of a picture file, the likeliest first; at most 5."""
+    def top5(self, path: str) -> list[tuple[str, float]]:
+        """Returns up to 5 pairs (class, probability) of an image file, the most probable first."""
         logits, = self.logits(self.read(path)[None])
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
@@ -83,13 +88,13 @@ class Predictor:
         return [(self.class_names[i] if self.class_names else f'class {i}', float(probabilities[i])) for i in best]
 
 
-def main():
+def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', required=True, metavar='DIR', help='the folder that export_model.py wrote')
-    parser.add_argument('pictures', nargs='+', metavar='picture')
+    parser.add_argument('--model', required=True, metavar='DIR', help='folder that export_model.py wrote')
+    parser.add_argument('images', nargs='+', metavar='image', help='image files')
     args = parser.parse_args()
     predictor = Predictor(args.model)
-    for path in args.pictures:
+    for path in args.images:
         best = predictor.top5(path)
         print(f"{path}: " + ', '.join(f"{name} {100 * probability:.1f} %" for name, probability in best))
 

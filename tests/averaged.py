@@ -1,58 +1,56 @@
-"""A step of the architect in float64 on two processes, each with half of the batches.
+"""Runs a step of the architect, of both orders, in float64 on two ranks, each with half of the batches.
 
-    python tests/averaged.py FILE         # writes FILE.<rank>.npz
+    python tests/averaged.py FILE         # writes FILE.<rank>.npz, {order: d_alpha, 'alphas <order>': alpha}
 """
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils  # noqa: F401
-
 import numpy as np
+
+import engine  # noqa: F401  before paddle
 import paddle
 
-from engine import distributed
 from architect import Architect
-from model_search import Supernet
+from engine import distributed
 from engine.optimizers import MomentumSGD
+from model_search import Supernet
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.3, 0.9, 3e-4
+IMAGES = 4                                 # per batch, over both ranks
 
 
-def supernet():
-    """A small supernet with alpha far from equal."""
-    net = Supernet(channels=2, classes=5, layers=3, dtype='float64', image_size=8)
-    rng = np.random.default_rng(1)
-    net.store.set('alphas', rng.normal(size=(2, 14, 8)))
-    return net
+def make_supernet():
+    """Returns a small supernet whose mixing weights are far from equal."""
+    supernet = Supernet(channels=2, classes=5, layers=3, dtype='float64', image_size=8)
+    supernet.store.set('alphas', np.random.default_rng(1).normal(size=(2, 14, 8)))
+    return supernet
 
 
-def velocity(net):
-    return np.random.default_rng(2).normal(0, 0.1, net.size)
+def velocity(supernet):
+    return np.random.default_rng(2).normal(0, 0.1, supernet.size)
 
 
-def batches(part, parts):
-    """(images, labels) of a train and of a validation batch: the part-th of so many parts."""
-    rng = np.random.default_rng(3)
-    whole = [(rng.normal(size=(8, 3, 8, 8)), rng.integers(0, 5, (8, 1))) for _ in range(2)]
-    mine = slice(8 * part // parts, 8 * (part + 1) // parts)
-    return [(images[mine], labels[mine]) for images, labels in whole]
+def batches(shard):
+    """Returns (images, labels) of a train and of a validation batch; shard: 0 or 1."""
+    rng, half = np.random.default_rng(3), slice(shard * IMAGES // 2, (shard + 1) * IMAGES // 2)
+    return [(rng.normal(size=(IMAGES, 3, 8, 8))[half], rng.integers(0, 5, (IMAGES, 1))[half]) for _ in range(2)]
 
 
 def main():
     distributed.connect(paddle.CPUPlace())
-    results, net = {}, supernet()
-    alphas = net.store.get('alphas')
-    for unrolled in (True, False):
-        net.store.set('alphas', alphas)
-        architect = Architect(net, MomentumSGD(net.store, MOMENTUM, WEIGHT_DECAY, 5.0), unrolled=unrolled)
-        net.store.set('velocity', velocity(net))
-        before = net.store.get('theta')
-        architect.step(*batches(distributed.rank, distributed.world_size), lr=LR)
-        assert np.array_equal(net.store.get('theta'), before)
-        results[f'{unrolled}'] = np.stack(list(architect.alpha_gradients().values()))
-        results[f'alphas {unrolled}'] = net.store.get('alphas')
+    results, supernet = {}, make_supernet()
+    alphas, theta = supernet.store.get('alphas'), supernet.store.get('theta')
+    for order in (2, 1):
+        supernet.store.set('alphas', alphas)
+        optimizer = MomentumSGD(supernet.store, MOMENTUM, WEIGHT_DECAY, 5.0)
+        architect = Architect(supernet, optimizer, unrolled=order == 2)
+        supernet.store.set('velocity', velocity(supernet))
+        architect.step(*batches(distributed.rank), lr=LR)
+        assert np.array_equal(supernet.store.get('theta'), theta)
+        results[f'{order}'] = np.stack(list(architect.alpha_gradients().values()))
+        results[f'alphas {order}'] = supernet.store.get('alphas')
     np.savez(f'{sys.argv[1]}.{distributed.rank}.npz', **results)
 
 

@@ -1,4 +1,4 @@
-"""Runs a script in this process and keeps the state after each of its steps, and how many bytes it sent.
+"""Runs a script in this process and records state, result and bytes sent of each step.
 
     python tests/recorded.py FILE SCRIPT FLAGS...         # writes FILE.<rank>.npz, {epoch/step/vector: array}
 """
@@ -8,13 +8,13 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import utils
-
 import numpy as np
+
+import engine  # noqa: F401  before paddle
 import paddle
 
-from engine import distributed
-from engine import trainer
+import utils
+from engine import distributed, trainer
 
 VECTORS = ('theta', 'velocity', 'statistics', 'alphas', 'adam_mean', 'adam_variance', 'gradient', 'd_alpha')
 
@@ -24,27 +24,27 @@ def main():
     sys.argv = [script, *flags]
     run_epochs, all_reduce, states, sent = trainer.run_epochs, paddle.distributed.all_reduce, {}, []
 
-    def counted(tensor):
+    def counting_all_reduce(tensor):
         sent.append(tensor.numpy().nbytes)
         all_reduce(tensor)
 
-    def recorded(task, run, args):
-        take_step = task.train_step
-        store = (task.supernet if hasattr(task, 'supernet') else task.network).store
+    def recording_run_epochs(task, run, args):
+        train_step, store = task.train_step, task.store
 
-        def recorded_step(batch, epoch, step):
+        def recording_step(batch, epoch, step):
             sent.clear()
-            result = take_step(batch, epoch, step)
+            result = train_step(batch, epoch, step)
             states[f'{epoch}/{step}/sent'] = np.array(sent)
+            states[f'{epoch}/{step}/result'] = np.array(result, 'float64')        # of the shard of this rank
             for name in VECTORS:
                 if store.scope.find_var(name):
                     states[f'{epoch}/{step}/{name}'] = store.get(name)
             return result
-        task.train_step = recorded_step
+        task.train_step = recording_step
         run_epochs(task, run, args)
         np.savez(f'{path}.{distributed.rank}.npz', **states)
 
-    trainer.run_epochs, paddle.distributed.all_reduce = recorded, counted
+    trainer.run_epochs, paddle.distributed.all_reduce = recording_run_epochs, counting_all_reduce
     importlib.import_module(script.removesuffix('.py')).main()
 
 

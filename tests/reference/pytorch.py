@@ -1,14 +1,15 @@
-"""The networks of DARTS in PyTorch, edge by edge and operation by operation, as they are usually written there.
+"""The networks and the search of DARTS in PyTorch, edge by edge and operation by operation.
 
-They are a second implementation, of two uses: the tests convert weights and compare what both compute, and
-the benchmark measures this project against them. The names in their state dicts are those of the
-authors' code, so that files of weights fit. Nothing else here needs torch (pip install torch).
+A second implementation, for the tests that compare results and for the benchmark. The names in the state dicts are
+those of the authors' code. Needs torch (pip install torch).
 
     network = Supernet(16, 10, 8)
     optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
     architect = Architect(network, optimizer)
     loss, logits = search_step(network, architect, optimizer, (images, labels), (validation_images, validation_labels))
 """
+from __future__ import annotations
+
 from itertools import islice
 
 import torch
@@ -19,58 +20,37 @@ from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES
 
 
 # ---------------------------------------------------------------------------------------------------
-# Operations: [N, C, H, W] -> the same shape, with stride 2 half as high and wide
+# Operations: [N, C, H, W] -> [N, C, H / stride, W / stride]
 
 def separable(channels, kernel, stride, dilation, affine, inplace=False):
-    """Modules in a row: ReLU (inplace: nothing else reads its input), depthwise k x k, pointwise, BN."""
-    padding = dilation * (kernel // 2)
-    return [nn.ReLU(inplace=inplace),
-            nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels, affine=affine)]
+    """Returns the modules ReLU, depthwise k x k, pointwise, BN; inplace: of ReLU, when nothing else reads its input."""
+    return [nn.ReLU(inplace=inplace), nn.Conv2d(channels, channels, kernel, stride, dilation * (kernel // 2), dilation,
+                                                groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels, affine=affine)]
 
 
-class SepConv(nn.Module):
-    """Two separable convolutions, the second with stride 1."""
+class Chain(nn.Module):
+    """Modules in a sequence, whose weights have names with `op`."""
 
-    def __init__(self, channels, kernel, stride, affine):
+    def __init__(self, *modules):
         super().__init__()
-        self.op = nn.Sequential(*separable(channels, kernel, stride, 1, affine),
-                                *separable(channels, kernel, 1, 1, affine, inplace=True))
+        self.op = nn.Sequential(*modules)
 
     def forward(self, x):
         return self.op(x)
 
 
-class DilConv(nn.Module):
-    """A separable convolution with dilation 2."""
-
-    def __init__(self, channels, kernel, stride, affine):
-        super().__init__()
-        self.op = nn.Sequential(*separable(channels, kernel, stride, 2, affine))
-
-    def forward(self, x):
-        return self.op(x)
-
-
-class ReLUConvBN(nn.Module):
-    """ReLU, convolution 1 x 1 from c_in to c_out channels, BN."""
-
-    def __init__(self, c_in, c_out, affine):
-        super().__init__()
-        self.op = nn.Sequential(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
-
-    def forward(self, x):
-        return self.op(x)
+def relu_conv_bn(c_in, c_out, affine):
+    """Returns ReLU, convolution 1 x 1, BN: [N, c_in, H, W] -> [N, c_out, H, W]."""
+    return Chain(nn.ReLU(), nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out, affine=affine))
 
 
 class FactorizedReduce(nn.Module):
-    """ReLU, two convolutions 1 x 1 with stride 2, the second one pixel further on, side by side, BN."""
+    """ReLU, two convolutions 1 x 1 with stride 2, the second offset by a pixel, BN: -> [N, c_out, H / 2, W / 2]."""
 
     def __init__(self, c_in, c_out, affine):
         super().__init__()
-        self.conv_1 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False)
+        self.conv_1, self.conv_2 = (nn.Conv2d(c_in, c_out // 2, 1, stride=2, bias=False) for _ in range(2))
         self.bn = nn.BatchNorm2d(c_out, affine=affine)
 
     def forward(self, x):
@@ -78,8 +58,13 @@ class FactorizedReduce(nn.Module):
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1))
 
 
+def conv_bn(c_in, c_out, stride):
+    """Returns the modules convolution 3 x 3 and BN of a stem."""
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)
+
+
 def operation(name, channels, stride, affine):
-    """The module of an operation of the search space or of the published genotypes, but none."""
+    """Returns the module of an operation of the search space (other than none) or of the published genotypes."""
     if name == 'max_pool_3x3':
         return nn.MaxPool2d(3, stride, 1)
     if name == 'avg_pool_3x3':
@@ -91,18 +76,20 @@ def operation(name, channels, stride, affine):
                              nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
                              nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
                              nn.BatchNorm2d(channels, affine=affine))
-    kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
-                    'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
-    return kind(channels, kernel, stride, affine)
+    kernel = int(name[-1])
+    if name.startswith('sep_conv'):
+        return Chain(*separable(channels, kernel, stride, 1, affine),
+                     *separable(channels, kernel, 1, 1, affine, inplace=True))
+    return Chain(*separable(channels, kernel, stride, 2, affine))
 
 
 def reduction_cells(layers):
-    """The numbers of the cells that halve the image and double the channels."""
+    """Returns the indices of the cells that halve the image and double the channels."""
     return layers // 3, 2 * layers // 3
 
 
-def total(terms):
-    """The sum of a list of tensors; sum() alone would start with one more addition, to 0."""
+def add(terms):
+    """Returns the sum of a list of tensors, without the first addition of sum(), to 0."""
     return sum(terms[1:], terms[0])
 
 
@@ -114,7 +101,7 @@ class MixedOp(nn.Module):
 
     def __init__(self, channels, stride):
         super().__init__()
-        # none adds zero: it keeps its number, for the names of the others, and is left out of the sum.
+        # none contributes zero to the sum; its placeholder keeps the numbers in the names of the other operations.
         self._ops = nn.ModuleList([nn.Identity()])
         for name in PRIMITIVES[1:]:
             op = operation(name, channels, stride, affine=False)
@@ -124,18 +111,18 @@ class MixedOp(nn.Module):
 
     def forward(self, x, weights):
         """weights: the softmax of alpha, [8]."""
-        return total([weight * op(x) for weight, op in islice(zip(weights.unbind(), self._ops), 1, None)])
+        return add([weight * op(x) for weight, op in islice(zip(weights.unbind(), self._ops), 1, None)])
 
 
 class MixedCell(nn.Module):
-    """A cell of the supernet: s0, s1, the outputs of the two cells before -> [N, 4 * C, H', W']."""
+    """A cell of the supernet: (s0, s1), the outputs of the two cells before, -> [N, 4 * C, H', W']."""
 
     def __init__(self, c_prev_prev, c_prev, channels, reduction, reduction_prev):
         super().__init__()
         self.reduction = reduction
-        preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
+        preprocess0 = FactorizedReduce if reduction_prev else relu_conv_bn
         self.preprocess0 = preprocess0(c_prev_prev, channels, affine=False)
-        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=False)
+        self.preprocess1 = relu_conv_bn(c_prev, channels, affine=False)
         self._ops = nn.ModuleList(MixedOp(channels, 2 if reduction and state < 2 else 1)
                                   for node in range(NODES) for state in range(2 + node))
 
@@ -144,21 +131,21 @@ class MixedCell(nn.Module):
         weights = weights.unbind()
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for first in FIRST_EDGE:
-            states.append(total([self._ops[first + j](x, weights[first + j]) for j, x in enumerate(states)]))
+            states.append(add([self._ops[first + j](x, weights[first + j]) for j, x in enumerate(states)]))
         return torch.cat(states[2:], dim=1)
 
 
 class Supernet(nn.Module):
-    """Images [N, 3, H, W] -> logits [N, classes]; channels: C of the first cell; layers: cells, at least 3.
+    """Images [N, 3, H, W] -> logits [N, classes]; channels: C of the first cell; layers: number of cells, at least 3.
 
-    alphas_normal and alphas_reduce [14, 8] are tensors with gradients beside the parameters: neither
-    parameters() nor state_dict() has them, but they move and change their type with the network.
+    alphas_normal and alphas_reduce [14, 8] require gradients, but are neither in parameters() nor in state_dict(). They
+    change device and type with the network.
     """
 
     def __init__(self, channels, classes, layers):
         super().__init__()
         c_prev_prev = c_prev = 3 * channels
-        self.stem = nn.Sequential(nn.Conv2d(3, c_prev, 3, padding=1, bias=False), nn.BatchNorm2d(c_prev))
+        self.stem = nn.Sequential(*conv_bn(3, c_prev, 1))
         self.cells, reduction_prev = nn.ModuleList(), False
         for i in range(layers):
             reduction = i in reduction_cells(layers)
@@ -174,7 +161,7 @@ class Supernet(nn.Module):
         return [self.alphas_normal, self.alphas_reduce]
 
     def _apply(self, fn, *args, **kwargs):
-        # What to(), double() and the like go through; alpha stays the tensor that its optimizer has.
+        # Called by to(), double() etc. Changes alpha in place, because its optimizer refers to these tensors.
         super()._apply(fn, *args, **kwargs)
         for alphas in self.alphas():
             alphas.data = fn(alphas.data)
@@ -192,10 +179,9 @@ class Supernet(nn.Module):
 # The search (arXiv 1806.09055, section 2.3)
 
 class Architect:
-    """Moves alpha of a supernet by Adam on the second-order gradient (unrolled=False: the first-order one).
+    """Updates alpha of a supernet by Adam on the second-order gradient (first-order with unrolled=False).
 
-    optimizer: the torch.optim.SGD that trains the weights; its learning rate, momentum, weight decay and momentum
-    buffers are those of the virtual step.
+    optimizer: the torch.optim.SGD that trains the weights; the virtual step takes its settings and momentum buffers.
     """
 
     def __init__(self, network, optimizer, arch_learning_rate=3e-4, arch_weight_decay=1e-3, unrolled=True):
@@ -205,26 +191,26 @@ class Architect:
                                      weight_decay=arch_weight_decay)
 
     def step(self, train, valid):
-        """One update of alpha; train, valid: (images [N, 3, H, W], labels [N]). No weight is changed."""
+        """Updates alpha once and leaves the weights unchanged; train, valid: (images [N, 3, H, W], labels [N])."""
         for alphas, gradient in zip(self.network.alphas(), self.gradient(train, valid)):
             alphas.grad = gradient
         self.adam.step()
 
     def gradient(self, train, valid):
-        """d_alpha, [normal, reduce], each [14, 8], without the weight decay of alpha."""
+        """Returns d_alpha, [normal [14, 8], reduce [14, 8]], without the weight decay of alpha."""
         alphas = self.network.alphas()
         if not self.unrolled:
             return list(self._gradients(valid, alphas))
         xi = self.optimizer.param_groups[0]['lr']
-        before = [weight.detach().clone() for weight in self.weights]
+        saved = [weight.detach().clone() for weight in self.weights]
         self._virtual_step(self._gradients(train, self.weights))
         gradients = self._gradients(valid, alphas + self.weights)
         outer, u = gradients[:len(alphas)], gradients[len(alphas):]
         eps = 0.01 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(u)))
-        plus = self._gradients_at(before, u, eps, train)
-        minus = self._gradients_at(before, u, -eps, train)
+        plus = self._alpha_gradients_at(saved, u, eps, train)
+        minus = self._alpha_gradients_at(saved, u, -eps, train)
         with torch.no_grad():
-            torch._foreach_copy_(self.weights, before)
+            torch._foreach_copy_(self.weights, saved)
         return [o - xi * (p - m) / (2 * eps) for o, p, m in zip(outer, plus, minus)]
 
     def _gradients(self, batch, inputs):
@@ -233,24 +219,24 @@ class Architect:
 
     @torch.no_grad()
     def _virtual_step(self, gradients):
-        """w <- w - xi (mu v + g + lambda w)."""
+        """Sets w <- w - xi (mu v + g + lambda w)."""
         settings = self.optimizer.param_groups[0]
         change = torch._foreach_add(list(gradients), self.weights, alpha=settings['weight_decay'])
-        # Before the first step of the optimizer there is no buffer, which stands for zero.
+        # The optimizer creates its momentum buffers, which start at zero, in its first step.
         buffers = [self.optimizer.state[weight].get('momentum_buffer') for weight in self.weights]
         if buffers[0] is not None:
             torch._foreach_add_(change, buffers, alpha=settings['momentum'])
         torch._foreach_add_(self.weights, change, alpha=-settings['lr'])
 
-    def _gradients_at(self, before, direction, length, batch):
-        """The gradients of alpha at the weights before + length * direction."""
+    def _alpha_gradients_at(self, weights, direction, length, batch):
+        """Returns the gradients of alpha at weights + length * direction, to which it sets the weights."""
         with torch.no_grad():
-            torch._foreach_copy_(self.weights, torch._foreach_add(before, torch._foreach_mul(direction, length)))
+            torch._foreach_copy_(self.weights, torch._foreach_add(weights, torch._foreach_mul(direction, length)))
         return self._gradients(batch, self.network.alphas())
 
 
 def search_step(network, architect, optimizer, train, valid, grad_clip=5.0):
-    """One step of the search, alpha and then the weights -> loss and logits of the training batch, with the new alpha.
+    """Updates alpha, then the weights; returns loss and logits of the training batch with the new alpha.
 
     train, valid: (images [N, 3, H, W], labels [N]).
     """
@@ -269,19 +255,18 @@ def search_step(network, architect, optimizer, train, valid, grad_clip=5.0):
 # Discrete networks
 
 def drop_path(x, prob):
-    """Drops whole samples of x with probability prob, the others scaled to keep the expectation."""
-    keep = 1 - prob
-    return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep).div_(keep)
+    """Sets samples of x to zero with probability `prob` and scales the others to keep the expectation."""
+    return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - prob).div_(1 - prob)
 
 
 class Cell(nn.Module):
-    """A cell of a genotype: s0, s1, the outputs of the two cells before -> [N, len(concat) * C, H', W']."""
+    """A cell of a genotype: (s0, s1), the outputs of the two cells before, -> [N, len(concat) * C, H', W']."""
 
     def __init__(self, genotype, c_prev_prev, c_prev, channels, reduction, reduction_prev):
         super().__init__()
-        preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
+        preprocess0 = FactorizedReduce if reduction_prev else relu_conv_bn
         self.preprocess0 = preprocess0(c_prev_prev, channels, affine=True)
-        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=True)
+        self.preprocess1 = relu_conv_bn(c_prev, channels, affine=True)
         edges, self.concat = ((genotype.reduce, genotype.reduce_concat) if reduction else
                               (genotype.normal, genotype.normal_concat))
         self._ops = nn.ModuleList(operation(name, channels, 2 if reduction and state < 2 else 1, affine=True)
@@ -290,29 +275,27 @@ class Cell(nn.Module):
         self.channels_out = len(self.concat) * channels
 
     def forward(self, s0, s1, drop_path_prob=0.0):
-        states, outputs = [self.preprocess0(s0), self.preprocess1(s1)], []
-        for op, state in zip(self._ops, self.states):
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for n, (op, state) in enumerate(zip(self._ops, self.states)):
             x = op(states[state])
             if self.training and drop_path_prob > 0 and not isinstance(op, nn.Identity):
                 x = drop_path(x, drop_path_prob)
-            outputs.append(x)
-            if len(outputs) == 2:
-                states.append(outputs[0] + outputs[1])
-                outputs = []
+            if n % 2 == 0:                  # the first of the two edges of a node
+                states.append(x)
+            else:
+                states[-1] = states[-1] + x
         return torch.cat([states[i] for i in self.concat], dim=1)
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier: [N, C, 8, 8] with stride 3 or [N, C, 7, 7] with stride 2 -> [N, classes]."""
+    """An auxiliary classifier: [N, C, 8, 8] with stride 3 or [N, C, 7, 7] with stride 2 -> [N, classes]."""
 
     def __init__(self, channels, classes, stride, last_norm):
         super().__init__()
         self.features = nn.Sequential(
-            nn.ReLU(),                                   # not in place: the next cell reads its input
+            nn.ReLU(),                                   # not in place, because the next cell reads its input
             nn.AvgPool2d(5, stride, count_include_pad=False),
-            nn.Conv2d(channels, 128, 1, bias=False),
-            nn.BatchNorm2d(128),
-            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(inplace=True),
             nn.Conv2d(128, 768, 2, bias=False),
             *([nn.BatchNorm2d(768)] if last_norm else []),
             nn.ReLU(inplace=True))
@@ -325,7 +308,7 @@ class AuxiliaryHead(nn.Module):
 class Network(nn.Module):
     """Images [N, 3, H, W] -> logits [N, classes] and those of the auxiliary head (None without it, and in eval()).
 
-    drop_path_prob: an attribute, which the training sets; it has no effect in eval().
+    drop_path_prob: set by the training; without an effect in eval().
     """
 
     def __init__(self, genotype, channels, classes, layers, auxiliary=False):
@@ -341,10 +324,8 @@ class Network(nn.Module):
             self.cells.append(cell)
             c_prev_prev, c_prev, reduction_prev = c_prev, cell.channels_out, reduction
         self.auxiliary_after = reduction_cells(layers)[1]
-        self.auxiliary_head = None
-        if auxiliary:
-            self.auxiliary_head = AuxiliaryHead(self.cells[self.auxiliary_after].channels_out, classes,
-                                                *self.AUXILIARY_HEAD)
+        self.auxiliary_head = AuxiliaryHead(self.cells[self.auxiliary_after].channels_out, classes,
+                                            *self.AUXILIARY_HEAD) if auxiliary else None
         self.classifier = nn.Linear(c_prev, classes)
 
     def forward(self, images):
@@ -358,13 +339,13 @@ class Network(nn.Module):
 
 
 class NetworkCIFAR(Network):
-    """For images of 32 x 32."""
+    """The network for images of 32 x 32."""
 
     AUXILIARY_HEAD = (3, True)              # stride of its pool, whether it has the last BN
 
     def _make_stem(self, channels):
-        """-> channels of s0 and s1, and whether the first cell has to reduce s0."""
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(3 * channels))
+        """Returns the channels of s0 and s1, and whether the first cell has to reduce s0."""
+        self.stem = nn.Sequential(*conv_bn(3, 3 * channels, 1))
         return 3 * channels, 3 * channels, False
 
     def _stem(self, images):
@@ -373,21 +354,14 @@ class NetworkCIFAR(Network):
 
 
 class NetworkImageNet(Network):
-    """For images of 224 x 224."""
+    """The network for images of 224 x 224."""
 
     AUXILIARY_HEAD = (2, False)
 
     def _make_stem(self, channels):
-        self.stem0 = nn.Sequential(
-            nn.Conv2d(3, channels // 2, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels // 2),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels))
-        self.stem1 = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(channels))
+        self.stem0 = nn.Sequential(*conv_bn(3, channels // 2, 2), nn.ReLU(inplace=True),
+                                   *conv_bn(channels // 2, channels, 2))
+        self.stem1 = nn.Sequential(nn.ReLU(), *conv_bn(channels, channels, 2))
         return channels, channels, True
 
     def _stem(self, images):
