@@ -187,7 +187,9 @@ class _StopSignals:
 
     def __enter__(self) -> _StopSignals:
         self.signal: int | None = None
-        self._handlers = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._handlers:
+            signal.signal(number, self._record)
         return self
 
     def _record(self, number: int, frame) -> None:

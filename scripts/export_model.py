@@ -15,9 +15,8 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np          # before paddle: numpy.random crashes after libpaddle of Paddle 2.6
-
 import engine  # noqa: F401  before paddle
+import numpy as np
 import paddle
 
 import genotypes

@@ -11,14 +11,13 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np          # before paddle: numpy.random crashes after libpaddle of Paddle 2.6
-
 import engine  # noqa: F401  before paddle
+import numpy as np
 import paddle
 from paddle import inference
 
 import utils
-from imagenet_reader import validation_picture
+from imagenet_reader import validation_image
 from utils import UserError
 
 DESCRIPTION = 'classifier.json'
@@ -73,7 +72,7 @@ class Predictor:
         Raises UserError when it cannot be read.
         """
         try:
-            pixels = validation_picture(path, self.size - 2 * self.padding, self.short_side)
+            pixels = validation_image(path, self.size - 2 * self.padding, self.short_side)
         except Exception as error:         # Pillow fails in many ways on a damaged file
             raise UserError(f"{path} cannot be read as an image: {error}") from None
         pixels = np.pad(pixels, ((self.padding, self.padding), (self.padding, self.padding), (0, 0)))
