@@ -141,6 +141,14 @@ def open_image(path: str) -> Image.Image:
     more than MAX_PIXELS.
     """
     image = Image.open(path, formats=FORMATS)
+    try:
+        return _as_l_or_rgb(image)
+    except Exception:
+        image.close()
+        raise
+
+
+def _as_l_or_rgb(image: Image.Image) -> Image.Image:
     if math.prod(image.size) > MAX_PIXELS:
         raise ValueError(f"its header announces {image.size[0]} x {image.size[1]} pixels")
     if image.mode in ('RGB', 'L'):
@@ -226,8 +234,8 @@ def shift_hue(image: Image.Image, turn: float) -> Image.Image:
 
 def training_image(path: str, rng: np.random.Generator) -> np.ndarray:
     """Reads an image for training: random crop, flip, jitter; uint8 [224, 224, 3]."""
-    image = open_image(path)
-    image = crop_and_resize(image, random_box(*image.size, rng), SIZE)
+    with open_image(path) as file:
+        image = crop_and_resize(file, random_box(*file.size, rng), SIZE)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(jitter(image, rng))
@@ -235,8 +243,8 @@ def training_image(path: str, rng: np.random.Generator) -> np.ndarray:
 
 def validation_image(path: str, size: int = SIZE, short_side: int = SHORT_SIDE) -> np.ndarray:
     """Reads the center of an image whose short side is resized to short_side; uint8 [size, size, 3]."""
-    image = open_image(path)
-    return np.asarray(crop_and_resize(image, center_box(*image.size, size / short_side), size))
+    with open_image(path) as image:
+        return np.asarray(crop_and_resize(image, center_box(*image.size, size / short_side), size))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ def start_log(path: str | None = None) -> None:
     log.setLevel(logging.INFO if distributed.is_main else logging.WARNING)
     log.propagate = False            # Paddle installs a handler on the root logger
     for handler in log.handlers:
-        handler.close()
+        with contextlib.suppress(OSError):         # a full disk
+            handler.close()
     log.handlers = [_Console()]
     if path:
         handler = _LogFile(path, encoding='utf-8')

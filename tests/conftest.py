@@ -1,11 +1,21 @@
-import os
-import sys
+import contextlib
+import logging
 
 import pytest
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, *(os.path.join(ROOT, folder) for folder in ('tests', 'scripts', 'scripts/bench', 'scripts/dev'))]
 pytest.register_assert_rewrite('agreement')          # so that a failure shows its numbers
+
+
+@pytest.fixture(autouse=True)
+def reset_log():
+    """Gives every test the log as it is before a script starts it."""
+    yield
+    log = logging.getLogger('darts')
+    for handler in log.handlers:
+        with contextlib.suppress(OSError):             # its disk is full
+            handler.close()
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope='session')

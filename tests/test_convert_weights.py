@@ -339,6 +339,7 @@ class Evil:
         return open, (self.path, 'w')
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning')              # PyTorch's, of kinds of tensors in beta or deprecated
 def test_a_pt_that_holds_no_state_dict(tmp_path, torch):
     target, executed, tensor = tmp_path / 'target.npz', tmp_path / 'executed', torch.ones(2, 2)
     torch.save(tensors_of(torch, discrete_weights()), tmp_path / 'good.pt')

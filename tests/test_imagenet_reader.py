@@ -27,7 +27,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def reference(path, size=224, short_side=256):
     """Validation in separate steps: decode all pixels, orient, resize the short side, crop the center."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert('RGB')
     factor = short_side / min(image.size)
     image = image.resize([round(side * factor) for side in image.size], Image.Resampling.BILINEAR)
     left, top = ((side - size) // 2 for side in image.size)

@@ -52,6 +52,7 @@ def copy_weights(torch_supernet, supernet):
                                      **dict(zip(supernet.alphas(), torch_supernet.alphas()))}))
 
 
+@pytest.mark.filterwarnings('ignore:__array_wrap__:DeprecationWarning')             # NumPy's, of PyTorch's tensors
 @pytest.mark.parametrize('layers', [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_gradients_and_steps_of_the_search_are_those_of_pytorch(layers):
     torch_supernet, supernet = supernets(layers)
