@@ -12,7 +12,6 @@ from engine import custom_ops
 from engine.optimizers import MomentumSGD
 from model_search import Supernet
 from reference import supernet as reference
-from reference import supernet_numpy
 from utils import UserError
 
 CLASSES = 5
@@ -46,7 +45,8 @@ def assert_equals_reference(supernet, weights, alphas, batch, channels, layers, 
     loss, logits, weight_gradients, alpha_gradients = reference.gradients(weights, alphas, *batch, channels, layers)
     assert abs(result.loss - loss) < tolerance
     assert result.loss == pytest.approx(supernet.evaluate(*batch).loss, abs=tolerance)
-    assert result[1:3] == pytest.approx(supernet_numpy.accuracies(logits, batch[1]))
+    correct = np.argsort(-logits, axis=1) == batch[1]
+    assert result[1:3] == pytest.approx([correct[:, :k].any(axis=1).mean() for k in (1, 5)])
     for gradients, expected in ((result.weights, weight_gradients), (result.alphas, alpha_gradients)):
         assert set(gradients) == set(expected)
         for name, gradient in expected.items():
@@ -67,13 +67,6 @@ def test_loss_and_all_gradients_equal_the_reference(supernet_of, channels, layer
     assert min(np.abs(gradient).max() for gradient in result.weights.values()) > 0
     # The alpha of none (column 0) has a gradient too, through the softmax.
     assert all((np.abs(gradient) > 0).all() for gradient in result.alphas.values())
-
-    weights, alphas, batch = randomize(supernet, seed=1)
-    logits = supernet_numpy.forward(weights, alphas['alphas_normal'], alphas['alphas_reduce'], batch[0],
-                                    channels, layers, epsilon=reference.EPSILON)
-    evaluation = supernet.evaluate(*batch)
-    assert evaluation.loss == pytest.approx(supernet_numpy.cross_entropy(logits, batch[1]), abs=1e-10)
-    assert evaluation[1:] == pytest.approx(supernet_numpy.accuracies(logits, batch[1]))
 
 
 def test_permuted_edges_and_operations(supernet_of):

@@ -97,9 +97,7 @@ def separable(x, weights, prefix, n, size, stride, dilation):
 
 
 def operation(k, x, weights, prefix, stride):
-    """Returns operation k of the search space on x; prefix: of the names of its weights."""
-    if k == 0:                                                                        # none
-        return paddle.zeros_like(x[:, :, ::stride, ::stride])
+    """Returns operation k > 0 of the search space on x; prefix: of the names of its weights."""
     if k == 1:                                                                        # max_pool_3x3
         return batch_norm(F.max_pool2d(x, 3, stride=stride, padding=1))
     if k == 2:                                                                        # avg_pool_3x3
@@ -124,7 +122,7 @@ def cell(s0, s1, weights, prefix, alpha, reduction, reduction_prev):
         total = 0
         for j, state in enumerate(states):
             stride = 2 if reduction and j < 2 else 1
-            for k in range(8):
+            for k in range(1, 8):                                                     # operation 0, none, is zero
                 total = total + mixing[edge, k] * operation(k, state, weights, f'{prefix}._ops.{edge}._ops.{k}', stride)
             edge += 1
         states.append(total)
