@@ -1,57 +1,229 @@
-"""The table of the start, with a peer that answers at once (edge by edge takes a minute), and sides that differ."""
+"""The benchmark: its processes, results that differ, its rows and table; and the experiment's genotypes and table."""
+import json
+import os
 from types import SimpleNamespace
 
 import pytest
 
 import benchmark
+import compare_genotypes
+import genotypes
+import inputs
+import runs
+import sides
 import utils
 
+BENCHMARK = 'scripts/bench/benchmark.py'
 
-class Peer:
-    """In the place of a Side that builds edge by edge."""
 
-    def __init__(self, answer):
-        self.answer = answer
+def rows_of(part, *flags):
+    done = runs.run_in_process(BENCHMARK, part, '--rounds', 1, '--json', *flags)
+    assert done.returncode == 0, done.stderr
+    return {row['what']: row for row in json.loads(done.stdout)}
 
-    def end(self):
-        return 2.0
 
+def finished_side(memory, **answer):
+    """Takes the place of a Side."""
+    return SimpleNamespace(answer=answer, step=lambda: None, end=lambda: memory)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes
 
 @pytest.fixture
-def start(monkeypatch):
-    """loss of the peer -> {what: row}, at a size that takes seconds; None: the loss of the supernet itself."""
+def script(tmp_path, monkeypatch):
+    """Replaces the program of a Side."""
+    def write(code):
+        path = tmp_path / 'side.py'
+        path.write_text(f'import sys\nsys.path.insert(0, {os.path.dirname(sides.__file__)!r})\nimport sides\n{code}\n')
+        monkeypatch.setattr(sides, '__file__', str(path))
+    return write
+
+
+def test_a_side_takes_one_step_per_request_and_ignores_other_output(script, tmp_path):
+    script("print('a line of a library')\n"
+           "values = {**sides.json.loads(sys.argv[2]), 'name': sys.argv[1], 'steps': 0}\n"
+           "def step():\n    print('another line')\n    open(values['file'], 'a').write('step ')\n"
+           "sides.serve(values, step)")
+    steps = tmp_path / 'steps.txt'
+    side = sides.Side('some_name', file=str(steps))
+    assert side.answer['name'] == 'some_name'
+    side.step()
+    side.step()
+    assert steps.read_text() == 'step step '
+    assert 0.001 < side.end() < 1 and side.process.returncode == 0
+
+
+@pytest.mark.parametrize('code, reason', [
+    ('sys.exit(3)', 'ended early: exit code 3'),
+    ('sides.os.kill(sides.os.getpid(), sides.signal.SIGKILL)', 'try a smaller --batch_size')])
+def test_a_side_that_ends_early_is_an_error(script, code, reason):
+    script(code)
+    with pytest.raises(utils.UserError, match=f'some_name.* {reason}'):
+        sides.Side('some_name')
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rows
+
+def test_start_compares_the_project_with_edge_by_edge(monkeypatch):
+    size = {'channels': 2, 'layers': 3}
+    side = sides.Side('project_start', **size)                  # a real one, at a size that takes seconds
+    project = finished_side(side.end(), **side.answer)
+    peer = finished_side(2.0, **dict(side.answer, seconds=1000.0, operators=6000))
     for name, value in (('SMALL_SIZES', ((2, 3),)), ('CHANNELS', 2), ('LAYERS', 3)):
         monkeypatch.setattr(benchmark, name, value)
 
-    def rows(loss=None):
-        answers = []
+    def start_side(name, **settings):
+        assert settings == size
+        return {'project_start': project, 'edge_by_edge_start': peer}[name]
+    monkeypatch.setattr(benchmark, 'Side', start_side)
 
-        def side(name, real=benchmark.Side, **settings):
-            assert settings == {'channels': 2, 'layers': 3}
-            if name == 'our_start':
-                ours = real(name, **settings)
-                answers.append(ours.answer)
-                return ours
-            assert name == 'edge_by_edge_start'
-            return Peer({'seconds': 1000.0, 'operators': 6000, 'loss': loss or answers[0]['loss']})
-        monkeypatch.setattr(benchmark, 'Side', side)
-        return {row['what']: row for row in benchmark.start(SimpleNamespace(full=False, rounds=1))}
-    return rows
-
-
-def test_the_start_of_both_sides(start):
-    rows = start()
-    name = 'start, C 2, 3 cells'
+    rows, name = rows_of('start'), 'start, C 2, 3 cells'
     assert set(rows) == {f'{name}, ready', f'{name}, operators', f'{name}, peak memory', 'start at the defaults, ready'}
-    for what, peer in (('ready', 1000.0), ('operators', 6000), ('peak memory', 2.0)):
+    for what, value in (('ready', 1000.0), ('operators', 6000), ('peak memory', 2.0)):
         row = rows[f'{name}, {what}']
-        assert row['peer'] == peer and row['ratio'] == row['ours'] / peer
-    assert rows[f'{name}, operators']['ours'] > 100
-    assert 0 < rows[f'{name}, ready']['ours'] < 1000 and 0.1 < rows[f'{name}, peak memory']['ours'] < 20
+        assert row['peer'] == value and row['ratio'] == row['project'] / value
+    assert rows[f'{name}, operators']['project'] > 100
+    assert 0 < rows[f'{name}, ready']['project'] < 1000 and 0.1 < rows[f'{name}, peak memory']['project'] < 20
     assert 'peer' not in rows['start at the defaults, ready']
 
+    table = runs.run_in_process(BENCHMARK, 'start').stdout.splitlines()
+    assert table[0].split() == ['this', 'project', 'peer', 'unit', 'ratio']
+    operators = side.answer['operators']
+    line = next(line for line in table if 'operators' in line)
+    assert line.startswith(f'{name}, operators  ') and f'{operators:.1f}' in line and ' 6000.0 ' in line
+    assert line.endswith(f'{operators / 6000:.2f} (one pass, edge by edge)')
 
-@pytest.mark.parametrize('loss', [2.0, float('nan')])
-def test_sides_that_differ_are_not_compared(start, loss):
+    peer.answer['loss'] = 2 * side.answer['loss']
+    done = runs.run_in_process(BENCHMARK, 'start')
+    assert done.returncode == 2 and 'do not compute the same: loss differs' in done.stderr and not done.stdout
+
+
+def test_a_step_is_compared_with_the_fastest_layout(monkeypatch):
+    layouts = []
+
+    def start_side(name, weights, layout=None, **settings):
+        assert settings == {'batch_size': 2, 'unrolled': settings['unrolled']}
+        layouts.append(layout)
+        memory = {None: 1.0, 'contiguous_format': 5.0, 'channels_last': 4.0, 'channels_last compiled': 6.0}[layout]
+        return finished_side(memory, loss=2.3, alphas_normal=[[1.0, 2.0]])
+    peer_seconds = {'contiguous_format': 3.0, 'channels_last': 2.0, 'channels_last compiled': 2.5}
+    monkeypatch.setattr(benchmark, 'Side', start_side)
+    monkeypatch.setattr(benchmark, 'alternate', lambda *_: {'project': 0.5, 'peer': peer_seconds[layouts[-1]]})
+
+    rows = rows_of('search_step', '--batch_size', 2, '--compile')
+    assert layouts == 2 * [None, 'contiguous_format', 'channels_last', 'channels_last compiled']
+    for order in ('second', 'first'):
+        name = f'search step, {order} order, batch 2'
+        row = rows[f'{name}, time']
+        assert (row['project'], row['peer'], row['ratio']) == (0.5, 2.0, 0.25)
+        assert row['peer is'] == 'PyTorch, channels last'
+        assert (rows[f'{name}, peak memory']['project'], rows[f'{name}, peak memory']['peer']) == (1.0, 4.0)
+
+
+@pytest.mark.parametrize('found', [2.0, float('nan')])
+def test_sides_that_compute_different_results_are_not_compared(found):
+    benchmark.check_equal({'loss': 2.31, 'other': 1}, {'loss': 2.3})
     with pytest.raises(utils.UserError, match='do not compute the same: loss differs'):
-        start(loss)
+        benchmark.check_equal({'loss': found}, {'loss': 2.3})
+    with pytest.raises(utils.UserError, match='do not compute the same: gradient differs'):
+        benchmark.check_equal({'gradient': [[1.0, found]]}, {'gradient': [[1.0, 2.3]]})
+
+
+def test_input_is_compared_with_separate_transformations(monkeypatch):
+    monkeypatch.setattr(inputs, 'IMAGES', 2)
+    monkeypatch.setattr(inputs, 'Side', lambda name: finished_side(0.5, percent=1.5))
+    rows = {**rows_of('cifar_input'), **rows_of('imagenet_input')}
+    assert rows['first-order search, batch 16: waiting for input']['project'] == 1.5
+    training = [row for what, row in rows.items() if 'training images' in what]
+    assert len(training) == 2
+    for row in training:
+        assert row['unit'] == 'images/s' and min(row['project'], row['peer']) > 0
+        assert row['ratio'] == row['project'] / row['peer']
+
+
+# ---------------------------------------------------------------------------------------------------
+# Peers
+
+@pytest.fixture
+def answers(monkeypatch, compiled):
+    """Runs a side in this process; returns the results that it would print."""
+    from engine import custom_ops
+    recorded = []
+    monkeypatch.setattr(sides, 'serve', lambda answer, step=None: recorded.append((answer, step)))
+    for name, value in (('CHANNELS', 2), ('LAYERS', 3)):
+        monkeypatch.setattr(sides, name, value)
+
+    def run(name, **settings):
+        sides.SIDES[name](**settings)
+        answer, step = recorded.pop()
+        if step:
+            step()
+        return answer
+    yield run
+    custom_ops.enable(False)
+
+
+@pytest.mark.slow
+def test_the_pytorch_side_computes_the_same(answers, tmp_path, monkeypatch):
+    pytest.importorskip('torch')
+    monkeypatch.setattr(utils, 'cores', lambda: 1)
+    settings = {'batch_size': 2, 'unrolled': True, 'weights': str(tmp_path / 'weights.npz')}
+    project = answers('project_search', channels=2, layers=3, **settings)
+    benchmark.check_equal(project, answers('pytorch_search', layout='channels_last', **settings))
+
+
+@pytest.mark.slow
+def test_the_edge_by_edge_program_computes_the_same(answers, monkeypatch):
+    import edge_by_edge
+    networks = []
+
+    def build(*size, build=edge_by_edge.EdgeByEdge):
+        networks[:] = networks or [build(*size)]
+        return networks[0]
+    monkeypatch.setattr(edge_by_edge, 'EdgeByEdge', build)
+    peer = answers('edge_by_edge_start', channels=2, layers=3)
+    benchmark.check_equal(answers('project_start', channels=2, layers=3), {'loss': peer['loss']})
+    for name, value in (('CHANNELS', 2), ('LAYERS', 3)):
+        monkeypatch.setattr(benchmark, name, value)
+    from engine import custom_ops
+    with custom_ops.disabled():
+        rows = rows_of('launches')
+    assert 1000 < rows['launches of a pass']['peer'] < peer['operators']
+    assert rows['launches of a pass']['ratio'] < 0.5 and rows['launches of a second-order step']['ratio'] < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------
+# compare_genotypes.py
+
+def test_random_genotypes_differ_and_are_valid():
+    drawn = [compare_genotypes.random_genotype(seed) for seed in range(20)]
+    assert len(set(drawn)) == 20 and drawn[3] == compare_genotypes.random_genotype(3)
+    for genotype in drawn:
+        genotypes.check(genotype._asdict())
+
+
+@pytest.mark.slow
+def test_compare_genotypes_trains_all_and_continues(tmp_path, monkeypatch):
+    started = []
+
+    def run(command):
+        script, *flags = command[1:]
+        started.append(os.path.basename(script))
+        return runs.run_in_process(script, *flags)
+    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run))
+    flags = ['--out', tmp_path, '--dataset', 'fashion_mnist_sample', '--search_seeds', 0, '--random', 1]
+    for kind in ('search', 'train'):
+        flags += [f'--{kind}_channels', 2, f'--{kind}_layers', 3, f'--{kind}_epochs', 1, f'--{kind}_batch_size', 64]
+    done = runs.run_in_process('scripts/bench/compare_genotypes.py', *flags)
+    assert done.returncode == 0, done.stderr
+    names = ['searched_0', 'DARTS_PADDLE', 'DARTS_V2', 'random_0']
+    assert started == ['train_search.py'] + ['train.py'] * len(names)
+    result = (tmp_path / 'results.md').read_text()
+    for name, line in zip(names, result.splitlines()[2:]):
+        last = runs.history(tmp_path / f'train_{name}_0')[-1]
+        assert line.startswith(f"| {name} | 0 | {100 * last['test_top1']:.2f} | ")
+    assert result.count('| published | 2 | ') == 1
+    again = runs.run_in_process('scripts/bench/compare_genotypes.py', *flags)
+    assert again.stdout.endswith(result + '\n') and len(started) == 5

@@ -1,0 +1,294 @@
+"""The processes that the benchmark compares. Each one computes with this project or with a peer, one step per request.
+
+    python scripts/bench/sides.py NAME SETTINGS        # NAME: a function of `SIDES`; SETTINGS: its arguments as JSON
+
+`Side` starts such a process. The process first prints a JSON object with results, such as the loss. Then it takes one
+step per line on stdin. At the line `end` it prints its peak memory and exits. Between two steps it uses no CPU time, so
+several sides can be timed alternately.
+"""
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]         # tests/reference has the peer in PyTorch
+
+import utils
+
+import numpy as np
+
+CHANNELS, LAYERS = 16, 8                    # of the supernet
+TRAINED_CHANNELS, TRAINED_LAYERS = 36, 20   # of DARTS_PADDLE for CIFAR-10
+
+# How PyTorch keeps images in memory, and whether it compiles the network.
+LAYOUTS = ('contiguous_format', 'channels_last')
+COMPILED = 'channels_last compiled'
+
+
+class Side:
+    """A running process of this file. `answer` holds the results that it printed before its first step.
+
+    name: a function of `SIDES`; settings: its arguments. Raises UserError when the process ends early.
+    """
+
+    def __init__(self, name: str, **settings):
+        self.name = name
+        self.process = subprocess.Popen([sys.executable, __file__, name, json.dumps(settings)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer = self._read()
+
+    def step(self) -> None:
+        """Returns when the process has taken one step."""
+        self._request('step')
+
+    def end(self) -> float:
+        """Ends the process; returns its peak memory in GB."""
+        memory = self._request('end')['memory']
+        self.process.wait()
+        return memory
+
+    def _request(self, line: str) -> dict:
+        with contextlib.suppress(BrokenPipeError):            # `_read` reports that the process has ended
+            print(line, file=self.process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith('{'):                          # libraries print other lines
+                return json.loads(line)
+        status = self.process.wait()
+        raise utils.UserError(f"the process {self.name} of the benchmark ended early: " + (
+            "the system killed it, usually for lack of memory; try a smaller --batch_size"
+            if status == -signal.SIGKILL else f"exit code {status}; its error message is above"))
+
+
+def serve(answer: dict, step: Callable | None = None) -> None:
+    """Prints `answer`, then calls step() once per line on stdin, until the line `end`."""
+    print(json.dumps(answer), flush=True)
+    for line in sys.stdin:
+        if line.strip() == 'end':
+            print(json.dumps({'memory': utils.peak_memory()}), flush=True)
+            return
+        step()
+        print('{}', flush=True)
+
+
+def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Calls the functions alternately; returns {name: median seconds per call} after one untimed call of each."""
+    seconds = {name: [] for name in functions}
+    for number in range(-1, rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def random_batches(batch_size: int) -> list[tuple]:
+    """Returns two batches (images [N, 3, 32, 32], labels [N]), equal in all processes."""
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(batch_size, 3, 32, 32)).astype('float32'), rng.integers(0, 10, batch_size))
+            for _ in range(2)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# This project
+
+def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool = True) -> tuple:
+    """Returns a Supernet with compiled operators, and step(train, valid): one step of its search, on feeds."""
+    from engine import custom_ops
+    from engine.optimizers import MomentumSGD
+    from architect import Architect
+    from model_search import Supernet
+    custom_ops.enable()
+    supernet = Supernet(channels, 10, layers)
+    optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
+    architect = Architect(supernet, optimizer, unrolled=unrolled)
+
+    def step(train, valid):
+        architect.update(train, valid, 0.025)
+        supernet.run(train)
+        optimizer.step(0.025)
+    return supernet, step
+
+
+def project_search(batch_size: int, unrolled: bool, weights: str, channels: int = CHANNELS,
+                   layers: int = LAYERS) -> None:
+    """Steps of the search. Weights and alpha at the start go to the file `weights`."""
+    supernet, search = make_search(channels, layers, unrolled)
+    np.savez(weights, **supernet.weights(), **supernet.alphas())
+    train, valid = random_batches(batch_size)
+    result = supernet.gradients(*train)
+    serve({'loss': result.loss, 'alphas_normal': result.alphas['alphas_normal'].tolist()},
+          lambda: search(supernet.feed(*train), supernet.feed(*valid)))
+
+
+def project_training(batch_size: int, weights: str) -> None:
+    """Steps of the training of DARTS_PADDLE for CIFAR-10. The weights at the start go to the file `weights`."""
+    from engine import custom_ops
+    from engine.optimizers import MomentumSGD
+    import genotypes
+    from model import NetworkCIFAR
+    custom_ops.enable()
+    network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=0.4,
+                           use_drop_path=True)
+    optimizer = MomentumSGD(network.store, 0.9, 3e-4, 5.0)
+    np.savez(weights, **network.weights())
+    train, _ = random_batches(batch_size)
+
+    def step():
+        network.run(network.feed(*train), 0.1, 0)
+        optimizer.step(0.025)
+    serve({'loss': network.run(network.feed(*train)).loss}, step)
+
+
+def project_start(channels: int, layers: int) -> None:
+    """The time from the start of the process to the end of the first run of all programs of a second-order search."""
+    supernet, _ = make_search(channels, layers)
+    supernet.store.warm_up()
+    seconds = utils.seconds_since_start()
+    loss = supernet.run(supernet.feed(*random_batches(2)[0])).loss
+    serve({'seconds': seconds, 'operators': supernet.store.operators, 'loss': loss})
+
+
+def project_waiting(steps: int = 12) -> None:
+    """The percentage of the time of first-order steps, the shortest, that is spent waiting for the two batches."""
+    import reader
+    from engine.trainer import prefetch
+    data = reader.load('fashion_mnist_sample')
+    settings = dict(batch_size=16, mean=data.mean, std=data.std, seed=0)
+    train = reader.Batches(data.train_images, data.train_labels, shuffle=True, augment=True, cutout_length=16,
+                           drop_last=True, **settings)
+    valid = reader.Batches(data.test_images, data.test_labels, shuffle=False, **settings)
+    supernet, search = make_search(unrolled=False)
+    supernet.store.warm_up()
+    ahead = prefetch(lambda step: (train.batch(0, step), valid.random_batch(0, step)), range(steps), 2)
+    began, waiting = time.perf_counter(), 0.0
+    for _ in range(steps):
+        requested = time.perf_counter()
+        batches = next(ahead)
+        waiting += time.perf_counter() - requested
+        search(*(supernet.feed(*batch) for batch in batches))
+    serve({'percent': 100 * waiting / (time.perf_counter() - began)})
+
+
+def project_operators(batch_size: int, channels: int, layers: int) -> None:
+    """The operators that take most time in a pass of the supernet, with their percentage, by Paddle's profiler."""
+    from engine import custom_ops
+    import paddle
+    from paddle import profiler
+    from model_search import Supernet
+    custom_ops.enable()
+    supernet = Supernet(channels, 10, layers)
+    feed = supernet.feed(*random_batches(batch_size)[0])
+    supernet.run(feed)
+    with profiler.Profiler(targets=[profiler.ProfilerTarget.CPU], on_trace_ready=lambda _: None) as recording:
+        for _ in range(3):
+            supernet.run(feed)
+    times = collections.Counter()
+
+    def add(event):
+        if event.type == paddle.base.core.TracerEventType.Operator:
+            name = event.name.replace('custom_op.', '').replace('pd_op.', '').rstrip('_')
+            times[name] += event.end_ns - event.start_ns
+        for child in event.children_node:
+            add(child)
+    for events in recording.profiler_result.get_data().values():
+        add(events)
+    total = sum(times.values())
+    serve({'shares': [(name, 100 * time / total) for name, time in times.most_common(8)]})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Peers
+
+def edge_by_edge_start(channels: int, layers: int) -> None:
+    """The same as `project_start` for one forward and backward pass, built edge by edge."""
+    from edge_by_edge import EdgeByEdge
+    from model_search import Supernet
+    network = EdgeByEdge(channels, 10, layers)
+    supernet = Supernet(channels, 10, layers, build_programs=False)       # for its weights and alpha
+    loss = network.run({**supernet.weights(), **supernet.alphas()}, *random_batches(2)[0])
+    serve({'seconds': utils.seconds_since_start(), 'operators': network.operators, 'loss': loss})
+
+
+def prepare_pytorch(network, batch_size: int, weights: str, layout: str) -> tuple:
+    """Returns the network with the weights of a file, an SGD for it, and the random batches, all in `layout`."""
+    import torch
+    torch.set_num_threads(utils.cores())
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(weights).items()}
+    network.load_state_dict(arrays, strict=False)                         # the file has no running statistics
+    with torch.no_grad():
+        for name in arrays:
+            if name.startswith('alphas_'):
+                getattr(network, name).copy_(arrays[name])
+    memory_format = getattr(torch, layout.split()[0])
+    network = network.to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
+    batches = [(torch.from_numpy(images).to(memory_format=memory_format), torch.from_numpy(labels))
+               for images, labels in random_batches(batch_size)]
+    return network, optimizer, batches
+
+
+def pytorch_search(batch_size: int, unrolled: bool, weights: str, layout: str) -> None:
+    """Steps of the search in PyTorch, from the weights and alpha in the file `weights`."""
+    import torch
+    from reference.pytorch import Architect, MixedOp, Supernet, search_step
+    network, optimizer, batches = prepare_pytorch(Supernet(CHANNELS, 10, LAYERS), batch_size, weights, layout)
+    if layout == COMPILED:
+        # Edge by edge, one function per shape: the compilation of a whole supernet did not end within 27 minutes.
+        # Beyond the limit of recompilations an edge would stay uncompiled without an error.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for module in network.modules():
+            if isinstance(module, MixedOp):
+                module.compile(dynamic=False)
+    architect = Architect(network, optimizer, unrolled=unrolled)
+    images, labels = batches[0]
+    loss = torch.nn.functional.cross_entropy(network(images), labels)
+    gradient, = torch.autograd.grad(loss, [network.alphas_normal])
+    serve({'loss': float(loss.detach()), 'alphas_normal': gradient.tolist()},
+          lambda: search_step(network, architect, optimizer, *batches))
+
+
+def pytorch_training(batch_size: int, weights: str, layout: str) -> None:
+    """Steps of the training of DARTS_PADDLE for CIFAR-10 in PyTorch, from the weights in the file `weights`."""
+    import torch
+    import genotypes
+    from reference.pytorch import NetworkCIFAR
+    network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=True)
+    network, optimizer, [(images, labels), _] = prepare_pytorch(network, batch_size, weights, layout)
+    if layout == COMPILED:
+        network = torch.compile(network)
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def total_loss():
+        logits, auxiliary_logits = network(images)
+        return cross_entropy(logits, labels) + 0.4 * cross_entropy(auxiliary_logits, labels)
+
+    def step():
+        network.drop_path_prob = 0.1
+        loss = total_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+    serve({'loss': float(total_loss().detach())}, step)
+
+
+SIDES = {side.__name__: side for side in (project_search, project_training, project_start, project_waiting,
+                                          project_operators, edge_by_edge_start, pytorch_search, pytorch_training)}
+
+
+if __name__ == '__main__':
+    utils.run(lambda: SIDES[sys.argv[1]](**json.loads(sys.argv[2])))
