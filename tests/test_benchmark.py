@@ -88,12 +88,8 @@ def test_start_compares_the_project_with_edge_by_edge(monkeypatch):
     assert 0 < rows[f'{name}, ready']['project'] < 1000 and 0.1 < rows[f'{name}, peak memory']['project'] < 20
     assert 'peer' not in rows['start at the defaults, ready']
 
-    table = runs.run_in_process(BENCHMARK, 'start').stdout.splitlines()
-    assert table[0].split() == ['this', 'project', 'peer', 'unit', 'ratio']
-    operators = side.answer['operators']
-    line = next(line for line in table if 'operators' in line)
-    assert line.startswith(f'{name}, operators  ') and f'{operators:.1f}' in line and ' 6000.0 ' in line
-    assert line.endswith(f'{operators / 6000:.2f} (one pass, edge by edge)')
+    line = next(line for line in runs.run_in_process(BENCHMARK, 'start').stdout.splitlines() if 'operators' in line)
+    assert line.endswith(f"{side.answer['operators'] / 6000:.2f} (one pass, edge by edge)")
 
     peer.answer['loss'] = 2 * side.answer['loss']
     done = runs.run_in_process(BENCHMARK, 'start')
@@ -141,57 +137,6 @@ def test_input_is_compared_with_separate_transformations(monkeypatch):
     for row in training:
         assert row['unit'] == 'images/s' and min(row['project'], row['peer']) > 0
         assert row['ratio'] == row['project'] / row['peer']
-
-
-# ---------------------------------------------------------------------------------------------------
-# Peers
-
-@pytest.fixture
-def answers(monkeypatch, compiled):
-    """Runs a side in this process; returns the results that it would print."""
-    from engine import custom_ops
-    recorded = []
-    monkeypatch.setattr(sides, 'serve', lambda answer, step=None: recorded.append((answer, step)))
-    for name, value in (('CHANNELS', 2), ('LAYERS', 3)):
-        monkeypatch.setattr(sides, name, value)
-
-    def run(name, **settings):
-        sides.SIDES[name](**settings)
-        answer, step = recorded.pop()
-        if step:
-            step()
-        return answer
-    yield run
-    custom_ops.enable(False)
-
-
-@pytest.mark.slow
-def test_the_pytorch_side_computes_the_same(answers, tmp_path, monkeypatch):
-    pytest.importorskip('torch')
-    monkeypatch.setattr(utils, 'cores', lambda: 1)
-    settings = {'batch_size': 2, 'unrolled': True, 'weights': str(tmp_path / 'weights.npz')}
-    project = answers('project_search', channels=2, layers=3, **settings)
-    benchmark.check_equal(project, answers('pytorch_search', layout='channels_last', **settings))
-
-
-@pytest.mark.slow
-def test_the_edge_by_edge_program_computes_the_same(answers, monkeypatch):
-    import edge_by_edge
-    networks = []
-
-    def build(*size, build=edge_by_edge.EdgeByEdge):
-        networks[:] = networks or [build(*size)]
-        return networks[0]
-    monkeypatch.setattr(edge_by_edge, 'EdgeByEdge', build)
-    peer = answers('edge_by_edge_start', channels=2, layers=3)
-    benchmark.check_equal(answers('project_start', channels=2, layers=3), {'loss': peer['loss']})
-    for name, value in (('CHANNELS', 2), ('LAYERS', 3)):
-        monkeypatch.setattr(benchmark, name, value)
-    from engine import custom_ops
-    with custom_ops.disabled():
-        rows = rows_of('launches')
-    assert 1000 < rows['launches of a pass']['peer'] < peer['operators']
-    assert rows['launches of a pass']['ratio'] < 0.5 and rows['launches of a second-order step']['ratio'] < 0.5
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The supernet as a static program, edge by edge and operation by operation: the benchmark's peer for the start.
 
-The program is that of tests/reference/supernet.py, the definition of the supernet, with one forward and one backward pass.
-Every weight is a parameter. A second-order search built this way would need several such programs.
+The program is that of tests/reference/supernet.py, the definition of the supernet, with one forward and one backward
+pass. Every weight is a parameter. A second-order search built this way would need several such programs.
 """
 from __future__ import annotations
+
+from unittest import mock
 
 import engine  # noqa: F401  before paddle
 import numpy as np
@@ -13,9 +15,6 @@ import paddle.nn.functional as F
 import operations
 from genotypes import EDGES, PRIMITIVES
 from reference import supernet
-
-# Paddle's operator instead of the formula written out: the peer has no more operators than it needs.
-supernet.batch_norm = operations.batch_norm
 
 
 class EdgeByEdge:
@@ -31,8 +30,10 @@ class EdgeByEdge:
             weights = {name: paddle.static.create_parameter(
                 shape, 'float32', name=name, default_initializer=paddle.nn.initializer.Constant(0.0))
                 for name, shape in shapes.items()}
-            logits = supernet.forward(weights, weights['alphas_normal'], weights['alphas_reduce'], images, channels,
-                                      layers)
+            # Paddle's normalisation instead of the formula written out: no more operators than the peer needs.
+            with mock.patch.object(supernet, 'batch_norm', operations.batch_norm):
+                logits = supernet.forward(weights, weights['alphas_normal'], weights['alphas_reduce'], images,
+                                          channels, layers)
             loss = F.cross_entropy(logits, labels)
             self.fetches = [loss, *paddle.static.gradients([loss], list(weights.values()))]
         self.operators = len(self.program.global_block().ops)
