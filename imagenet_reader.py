@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
@@ -329,8 +329,13 @@ class Workers:
         """Returns function(*arguments), called in one of the processes. Raises UserError if one of them died."""
         if not self._pool:
             return function(*arguments)
+        future = self._pool.submit(function, *arguments)
         try:
-            return self._pool.submit(function, *arguments).result()
+            # The pool waits without end for the rest of a result if its worker died while it sent it.
+            while not wait([future], timeout=5).done:
+                if any(process.exitcode is not None for process in self.processes):
+                    raise BrokenProcessPool
+            return future.result()
         except BrokenProcessPool:
             raise UserError(f"a worker process that decodes images died ({self._death()}); if memory ran out, reduce "
                             "--num_workers; --resume continues the run") from None
@@ -350,6 +355,7 @@ class Workers:
         if any(process.exitcode is not None for process in self.processes):
             for process in self.processes:     # the broken pool joins all, but a lock may have died with one of them
                 process.kill()
+            self._pool._result_queue._writer.close()       # the last writer: ends a wait for the rest of a result
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 

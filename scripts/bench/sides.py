@@ -52,9 +52,8 @@ class Side:
 
     def end(self) -> float:
         """Ends the process; returns its peak memory in GB."""
-        memory = self._request('end')['memory']
-        self.process.wait()
-        return memory
+        with self.process:
+            return self._request('end')['memory']
 
     def _request(self, line: str) -> dict:
         with contextlib.suppress(BrokenPipeError):            # `_read` reports that the process has ended
@@ -65,7 +64,8 @@ class Side:
         for line in self.process.stdout:
             if line.startswith('{'):                          # libraries print other lines
                 return json.loads(line)
-        status = self.process.wait()
+        with self.process:
+            status = self.process.wait()
         raise utils.UserError(f"the process {self.name} of the benchmark ended early: " + (
             "the system killed it, usually for lack of memory; try a smaller --batch_size"
             if status == -signal.SIGKILL else f"exit code {status}; its error message is above"))
