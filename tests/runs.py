@@ -23,21 +23,12 @@ def command(script, *flags):
     return [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
 
 
-@contextlib.contextmanager
-def restored_operators():
-    """Switches the compiled operators back at the end of a run in this process."""
-    enabled = custom_ops.enabled()
-    try:
-        yield
-    finally:
-        custom_ops.enable(enabled)
-
-
 def run_in_process(script, *flags):
     """Runs a script's main() in this process, -> CompletedProcess like `run`."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, 'argv', [script, *map(str, flags)])
-    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), restored_operators():
+    # `disabled` because it switches the operators back at the end: the script itself may switch them on.
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), custom_ops.disabled():
         try:
             utils.run(importlib.import_module(Path(script).stem).main)
         except SystemExit as end:

@@ -29,9 +29,6 @@ def task_with(**state):
     return task
 
 
-# ---------------------------------------------------------------------------------------------------
-# Versions
-
 def test_the_version_is_that_of_pyproject_toml(pytestconfig):
     assert f'\nversion = "{utils.VERSION}"\n' in (pytestconfig.rootpath / 'pyproject.toml').read_text()
 
@@ -70,9 +67,6 @@ def test_weight_files_of_version_0_1_are_read(tmp_path):
     with np.load(tmp_path / 'x.npz') as old, np.load(tmp_path / 'new.npz') as new:
         assert old.files == new.files and all(np.array_equal(old[name], new[name]) for name in new.files)
 
-
-# ---------------------------------------------------------------------------------------------------
-# Resuming
 
 def test_settings_and_the_state_of_the_folder_are_checked(tmp_path):
     open_run(tmp_path / 'run', batch_size=3, momentum=0.9, report_freq=1).save({}, 0, 0, Meter())
@@ -151,15 +145,17 @@ def test_a_folder_with_an_active_run_is_refused(tmp_path):
 @pytest.mark.parametrize('name, write_it, message', [
     ('history.jsonl', lambda run: run.add_history({'epoch': 1}, {}), 'cannot write .*history.jsonl'),
     ('genotype.json.part', lambda run: run.write('genotype.json', 'x'), 'cannot write .*genotype.json'),
-    ('checkpoint-0000-000000.npz.part', lambda run: run.save({}, 0, 0, Meter()), 'no checkpoint could be written to')])
+    ('checkpoint-0000-000001.npz.part', lambda run: run.save({}, 0, 1, Meter()), 'no checkpoint could be written to')])
 def test_a_full_disk_ends_in_a_message(tmp_path, name, write_it, message):
     """Linux has a device on which there is never any space."""
     run, path = open_run(tmp_path), tmp_path / name
+    run.save({}, 0, 0, Meter())
     path.unlink(missing_ok=True)
     path.symlink_to('/dev/full')
     with pytest.raises(utils.UserError, match=message + '.*: No space left on device; .* is intact'):
         write_it(run)
     assert path.is_symlink() == (name == 'history.jsonl')           # a .part would take up space
+    assert read_checkpoint(tmp_path / 'checkpoint-0000-000000.npz') and len(checkpoint_names(tmp_path)) == 1
 
 
 def test_a_log_on_a_full_disk_loses_lines_only(tmp_path, capfd):
@@ -169,9 +165,6 @@ def test_a_log_on_a_full_disk_loses_lines_only(tmp_path, capfd):
     output = capfd.readouterr()
     assert output.out == 'a line\n' and output.err == ''
 
-
-# ---------------------------------------------------------------------------------------------------
-# Damaged files
 
 @pytest.mark.parametrize('old, new', [(b"'<f8'", b"'<f4'"), (b'(4000,)', b'(1000,)'), (b'False', b'True ')])
 def test_an_altered_header_is_noticed_though_it_hides_the_end_of_the_array(tmp_path, old, new):

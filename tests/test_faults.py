@@ -14,28 +14,9 @@ import make_sample
 import pictures
 import reader
 import utils
+from engine import checkpoint
 from runs import assert_one_line, checkpoint_names, command, output_of, run, run_well
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """The data set of the runs of kill_and_resume.py."""
-    folder = tmp_path_factory.mktemp('data')
-    make_sample.make(reader.default_folder('fashion_mnist_sample'), str(folder), train=kill_and_resume.IMAGES, test=2)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory, data):
-    """The results of an uninterrupted training of kill_and_resume.py."""
-    folder = tmp_path_factory.mktemp('uninterrupted')
-    output_of(*small('train.py', data, folder))
-    return kill_and_resume.results_of(folder)
-
-
-def small(script, data, folder, *flags):
-    """Returns the arguments of a run of kill_and_resume.py, for the functions of runs.py."""
-    return [script, *kill_and_resume.command(script, str(data), str(folder), *flags)[2:]]
+from tiny_runs import fake_run
 
 
 def start_and_wait(text, script, *flags):
@@ -56,25 +37,29 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted():
     assert '2 runs equal to the uninterrupted one, 0 different' in lines[3]
 
 
-def test_kill_and_resume_notices_any_difference(uninterrupted):
-    for name, key in (('checkpoint-0003-000000.npz', 'velocity'), ('last.npz', 'classifier.bias')):
-        metadata, arrays = uninterrupted[name]
-        dtype, shape, content = arrays[key]
-        changed = dict(arrays, **{key: (dtype, shape, bytes([content[0] ^ 1]) + content[1:])})
-        assert kill_and_resume.differences(uninterrupted, dict(uninterrupted, **{name: (metadata, changed)})) == [name]
-    shorter = dict(uninterrupted, **{'history.jsonl': uninterrupted['history.jsonl'][:-1]})
-    assert kill_and_resume.differences(uninterrupted, shorter) == ['history.jsonl']
-    assert kill_and_resume.differences(uninterrupted, dict(uninterrupted)) == []
-    assert {'history.jsonl', 'best.npz', 'last.npz', 'names of the files'} < set(uninterrupted)
+def test_kill_and_resume_notices_any_difference(tmp_path):
+    fake_run(tmp_path)
+    checkpoint.write_arrays(tmp_path / 'last.npz', {}, {'theta': np.ones(3)})
+    results = kill_and_resume.results_of(tmp_path)
+    for name in ('checkpoint-0002-000000.npz', 'last.npz'):
+        metadata, arrays = results[name]
+        dtype, shape, content = arrays['theta']
+        changed = dict(arrays, theta=(dtype, shape, bytes([content[0] ^ 1]) + content[1:]))
+        assert kill_and_resume.differences(results, dict(results, **{name: (metadata, changed)})) == [name]
+    shorter = dict(results, **{'history.jsonl': results['history.jsonl'][:-1]})
+    assert kill_and_resume.differences(results, shorter) == ['history.jsonl']
+    assert kill_and_resume.differences(results, dict(results)) == [] and 'last.npz' in results['names of the files']
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_a_second_run_in_the_folder_is_refused(tmp_path, data):
+def test_ctrl_c_ends_with_130_and_a_second_run_in_the_folder_is_refused(tmp_path):
     folder = tmp_path / 'run'
-    process = start_and_wait('epoch 1 step 1/5', *small('train.py', data, folder))
+    make_sample.make(reader.default_folder('fashion_mnist_sample'), str(tmp_path), kill_and_resume.IMAGES, 2)
+    arguments = ['train.py', *kill_and_resume.command('train.py', str(tmp_path), str(folder))[2:]]
+    process = start_and_wait('epoch 1 step 1/5', *arguments)
     process.send_signal(signal.SIGSTOP)
     for flags in ([], ['--resume']):
-        assert_one_line(run(*small('train.py', data, folder, *flags)), f'another run is active in {folder}')
+        assert_one_line(run(*arguments, *flags), f'another run is active in {folder}')
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     output, error = process.communicate(timeout=60)
@@ -96,9 +81,6 @@ def test_a_killed_worker_process_ends_the_training_with_a_reason(tmp_path):
     assert process.returncode == 2 and 'Traceback' not in error and 'Exception' not in error, error
     assert re.search(r'\nerror: .*a worker process.*signal SIGKILL.*--resume.*\s*$', error), error
 
-
-# ---------------------------------------------------------------------------------------------------
-# Damaged files
 
 def test_damaged_checkpoints_end_in_an_error_or_the_right_arrays():
     output = output_of('scripts/dev/fuzz_readers.py', '--count', 300, '--only', 'checkpoint (')

@@ -84,7 +84,6 @@ def test_log_lines(finished):
     script, folder, output = finished
     device, size, *lines = output.splitlines()
     assert re.fullmatch(r'device: CPU \(\d+ cores\), Paddle \d+\.\d+\.\d+', device)
-    assert re.search(r'^epoch 1 step 2/\d+: loss \d\.\d{4}, top-1 .* %, top-5 .* %, lr 0\.0', output, re.M)
     if script == SEARCH:
         assert re.fullmatch(r'param size = 0\.\d{6}MB', size)
         for expected in ('softmax of alphas_normal', 'softmax of alphas_reduce', 'genotype = Genotype(normal=((',
@@ -231,4 +230,4 @@ TRAINING = dict(arch='DARTS_PADDLE', auxiliary=True, auxiliary_weight=0.4, eval_
                           class_num=1000, report_freq=100, save_freq=100, data_dir='dataset/ILSVRC2012',
                           model_save_dir='eval_imagenet'))])
 def test_flags_have_the_defaults_of_the_recipes(script, defaults):
-    assert vars(script.parse_args([])) == defaults
+    assert vars(script.parse_args([])) == defaults and reader.default_folder('cifar10') == 'dataset/cifar10'

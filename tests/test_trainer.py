@@ -143,9 +143,6 @@ def test_evaluate_counts_every_image_once(workers):
     assert meter.means('test') == {'test_loss': (3 + 6 + 3) / 7, 'test_top1': 4 / 7, 'test_top5': 1}   # exact counts
 
 
-# ---------------------------------------------------------------------------------------------------
-# Prefetching
-
 @pytest.mark.parametrize('workers', [0, 1, 3])
 def test_prefetch_keeps_the_order_and_raises_at_the_right_step(workers):
     def work(step):

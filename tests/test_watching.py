@@ -115,9 +115,6 @@ def test_a_limit_given_with_resume_counts_for_the_epochs_before(tmp_path, search
         assert epochs == 0 and skips_in(tmp_path) is None and "no epoch had fewer, so there is no " in output
 
 
-# ---------------------------------------------------------------------------------------------------
-# VisualDL
-
 @pytest.mark.parametrize('script', ['train_search.py', 'train.py', 'train_imagenet.py'])
 def test_without_visualdl_the_flag_is_refused_at_once(monkeypatch, script):
     monkeypatch.setitem(sys.modules, 'visualdl', None)                 # importing it raises ImportError

@@ -10,7 +10,6 @@ import utils
 from engine import custom_ops, trainer
 from engine.checkpoint import Run
 from engine.programs import VariableStore
-from runs import restored_operators
 
 
 class Crash(Exception):
@@ -78,7 +77,7 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
     images, labels = rng.integers(0, 256, (18, 3, 32, 32), 'uint8'), np.arange(18) % 10
     data = reader.Dataset('random', 10, tuple('0123456789'), images, labels, images, labels,
                           np.full(3, 0.5, 'float32'), np.full(3, 0.25, 'float32'))
-    with restored_operators():
-        run = Run(args)
+    with custom_ops.disabled():                        # at the end they are switched back
         custom_ops.enable(args.custom_ops)
+        run = Run(args)
         return run_task(train_search.Search(args, data, run, utils.find_place(False)), run, args, crash_after)
