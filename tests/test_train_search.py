@@ -6,30 +6,23 @@ from runs import history
 from tiny_runs import Crash, tiny_search
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-    """The folder of an uninterrupted search."""
+@pytest.fixture(scope='module', params=[True])
+def uninterrupted(tmp_path_factory, request):
+    """The folder of an uninterrupted search; the parameter is --custom_ops."""
     folder = tmp_path_factory.mktemp('uninterrupted')
-    assert tiny_search(folder) == 6
+    assert tiny_search(folder, custom_ops=request.param) == 6
     return folder
 
 
-@pytest.mark.parametrize('crash_after, saved', [                       # 3: at the end of the first epoch
-    (2, 2), (3, 3), *(pytest.param(*numbers, marks=pytest.mark.slow) for numbers in ((0, 0), (1, 0), (5, 5)))])
-def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, uninterrupted, crash_after, saved):
+@pytest.mark.parametrize('uninterrupted, crash_after, saved', [        # 3: at the end of the first epoch
+    (True, 2, 2), (True, 3, 3), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        (True, 0, 0), (True, 1, 0), (True, 5, 5), (False, 5, 5)))], indirect=['uninterrupted'])
+def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, request, uninterrupted, crash_after, saved):
+    custom_ops = request.node.callspec.params['uninterrupted']
     with pytest.raises(Crash):
-        tiny_search(tmp_path, crash_after=crash_after)
-    assert tiny_search(tmp_path, resume=True) == 6 - saved
+        tiny_search(tmp_path, crash_after=crash_after, custom_ops=custom_ops)
+    assert tiny_search(tmp_path, resume=True, custom_ops=custom_ops) == 6 - saved
     assert results_of(tmp_path) == results_of(uninterrupted)
-
-
-@pytest.mark.slow
-def test_resumed_after_a_crash_equals_uninterrupted_with_paddle_operators(tmp_path):
-    tiny_search(tmp_path / 'uninterrupted', custom_ops=False)
-    with pytest.raises(Crash):
-        tiny_search(tmp_path / 'run', crash_after=5, custom_ops=False)
-    assert tiny_search(tmp_path / 'run', resume=True, custom_ops=False) == 1
-    assert results_of(tmp_path / 'run') == results_of(tmp_path / 'uninterrupted')
 
 
 def test_another_seed_and_the_first_order_give_other_searches(tmp_path, uninterrupted):
