@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
 
 import kill_and_resume
 import utils
-from engine import console, custom_ops
-from engine.checkpoint import read_checkpoint
+from engine import custom_ops
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -22,33 +23,16 @@ def command(script, *flags):
     return [sys.executable, os.path.join(ROOT, script), *map(str, flags)]
 
 
-@contextlib.contextmanager
-def restored_state():
-    """Closes the log and switches the compiled operators back at the end of a run in this process."""
-    enabled = custom_ops.enabled()
-    try:
-        yield
-    finally:
-        custom_ops.enable(enabled)
-        for handler in console.log.handlers:
-            with contextlib.suppress(OSError):             # its disk is full
-                handler.close()
-        console.log.handlers = []
-        console.log.propagate = True
-
-
 def run_in_process(script, *flags):
     """Runs a script's main() in this process, -> CompletedProcess like `run`."""
-    name = os.path.splitext(os.path.basename(script))[0]
-    out, err = io.StringIO(), io.StringIO()
-    argv, sys.argv, code = sys.argv, [script, *map(str, flags)], 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), restored_state():
-            utils.run(importlib.import_module(name).main)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = argv
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = mock.patch.object(sys, 'argv', [script, *map(str, flags)])
+    # `disabled` because it switches the operators back at the end: the script itself may switch them on.
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), custom_ops.disabled():
+        try:
+            utils.run(importlib.import_module(Path(script).stem).main)
+        except SystemExit as end:
+            code = end.code or 0
     return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
 
 
@@ -132,7 +116,7 @@ def history(folder):
 
 
 def without_seconds(folder):
-    return [{key: value for key, value in line.items() if key != 'seconds'} for line in history(folder)]
+    return kill_and_resume.results_of(folder)['history.jsonl']
 
 
 def assert_equal_runs(folder, other):
@@ -150,8 +134,6 @@ def checkpoint_names(folder):
 
 
 def last_checkpoint(folder):
-    """Returns (name, metadata, state as bytes) of the last checkpoint of a folder, without the measured seconds."""
+    """Returns (name, metadata, state) of the last checkpoint of a folder, as of `kill_and_resume.results_of`."""
     name = checkpoint_names(folder)[-1]
-    metadata, state = read_checkpoint(os.path.join(folder, name))
-    metadata['meter'].pop('seconds')
-    return name, metadata, {key: array.tobytes() for key, array in state.items()}
+    return name, *kill_and_resume.results_of(folder)[name]

@@ -1,8 +1,7 @@
-"""Faults of runs in real processes (kills, full disks, Ctrl-C), damaged files, and the fuzzer that writes them."""
+"""Faults of runs in real processes that are killed, damaged files, and the fuzzer that writes them."""
 import faulthandler
 import os
 import re
-import resource
 import signal
 import subprocess
 
@@ -11,50 +10,11 @@ import pytest
 
 import fuzz_readers
 import kill_and_resume
-import make_sample
 import pictures
-import reader
 import utils
 from engine import checkpoint
-from runs import assert_one_line, checkpoint_names, command, output_of, run, run_well
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """The data set of the runs of kill_and_resume.py."""
-    folder = tmp_path_factory.mktemp('data')
-    make_sample.make(reader.default_folder('fashion_mnist_sample'), str(folder), train=kill_and_resume.IMAGES, test=2)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory, data):
-    """The results of an uninterrupted training of kill_and_resume.py."""
-    folder = tmp_path_factory.mktemp('uninterrupted')
-    output_of(*small('train.py', data, folder))
-    return kill_and_resume.results_of(folder)
-
-
-def small(script, data, folder, *flags):
-    """Returns the arguments of a run of kill_and_resume.py, for the functions of runs.py."""
-    return [script, *map(str, kill_and_resume.command(script, str(data), str(folder), *flags)[2:])]
-
-
-def start_and_wait(text, script, *flags):
-    """Starts a script, -> Popen when it has printed `text`."""
-    process = subprocess.Popen(command(script, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if text in line:
-            return process
-    raise AssertionError(process.communicate()[1])
-
-
-def assert_ends_with_a_line(process, *reasons):
-    """Asserts exit code 2, and the reasons in the last line of stderr, which follows the progress bar."""
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and 'Traceback' not in error and 'Exception' not in error, error
-    last = error.strip().splitlines()[-1]
-    assert last.startswith('error: ') and all(reason in last for reason in reasons), error
+from runs import command, output_of, run_well
+from tiny_runs import fake_run
 
 
 @pytest.mark.slow
@@ -66,61 +26,34 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted():
     assert '2 runs equal to the uninterrupted one, 0 different' in lines[3]
 
 
-def test_kill_and_resume_notices_any_difference(uninterrupted):
-    for name, key in (('checkpoint-0003-000000.npz', 'velocity'), ('last.npz', 'classifier.bias')):
-        metadata, arrays = uninterrupted[name]
-        dtype, shape, content = arrays[key]
-        changed = dict(arrays, **{key: (dtype, shape, bytes([content[0] ^ 1]) + content[1:])})
-        assert kill_and_resume.differences(uninterrupted, dict(uninterrupted, **{name: (metadata, changed)})) == [name]
-    shorter = dict(uninterrupted, **{'history.jsonl': uninterrupted['history.jsonl'][:-1]})
-    assert kill_and_resume.differences(uninterrupted, shorter) == ['history.jsonl']
-    assert kill_and_resume.differences(uninterrupted, dict(uninterrupted)) == []
-    assert {'history.jsonl', 'best.npz', 'last.npz', 'names of the files'} < set(uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_full_disk_ends_in_a_line_and_the_run_can_be_resumed(tmp_path, data, uninterrupted):
-    folder = tmp_path / 'run'
-    process = start_and_wait('epoch 2 step 2/5', *small('train.py', data, folder))
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))         # from now on files stay below this size
-    assert_ends_with_a_line(process, f'no checkpoint could be written to {folder}: File too large',
-                            'the one before is intact')
-    assert not [name for name in os.listdir(folder) if name.endswith('.part')]     # it would take up space
-    names = checkpoint_names(folder)
-    assert len(names) == 2 and all(checkpoint.read_checkpoint(folder / name) for name in names)
-    output_of(*small('train.py', data, folder, '--resume'))
-    assert kill_and_resume.results_of(folder) == uninterrupted
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_a_second_run_in_the_folder_is_refused(tmp_path, data):
-    folder = tmp_path / 'run'
-    process = start_and_wait('epoch 1 step 1/5', *small('train.py', data, folder))
-    process.send_signal(signal.SIGSTOP)
-    for flags in ([], ['--resume']):
-        assert_one_line(run(*small('train.py', data, folder, *flags)), f'another run is active in {folder}')
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'Traceback' not in error
-    stopped = re.search(r'stopped after step (\d) of epoch (\d); --resume continues from here', output)
-    assert checkpoint_names(folder)[-1] == f'checkpoint-{int(stopped[2]) - 1:04d}-{int(stopped[1]):06d}.npz'
+def test_kill_and_resume_notices_any_difference(tmp_path):
+    fake_run(tmp_path)
+    checkpoint.write_arrays(tmp_path / 'last.npz', {}, {'theta': np.ones(3)})
+    results = kill_and_resume.results_of(tmp_path)
+    for name in ('checkpoint-0002-000000.npz', 'last.npz'):
+        metadata, arrays = results[name]
+        dtype, shape, content = arrays['theta']
+        changed = dict(arrays, theta=(dtype, shape, bytes([content[0] ^ 1]) + content[1:]))
+        assert kill_and_resume.differences(results, dict(results, **{name: (metadata, changed)})) == [name]
+    shorter = dict(results, **{'history.jsonl': results['history.jsonl'][:-1]})
+    assert kill_and_resume.differences(results, shorter) == ['history.jsonl']
+    assert kill_and_resume.differences(results, dict(results)) == [] and 'last.npz' in results['names of the files']
 
 
 @pytest.mark.slow
 def test_a_killed_worker_process_ends_the_training_with_a_reason(tmp_path):
     pictures.make_imagenet(tmp_path / 'imagenet')
-    process = start_and_wait('epoch 1 step 1/', 'train_imagenet.py', '--data_dir', tmp_path / 'imagenet', '--class_num',
-                             3, '--batch_size', 8, '--init_channels', 4, '--layers', 3, '--use_gpu', 'False',
-                             '--num_workers', 2, '--report_freq', 1, '--epochs', 50,
-                             '--model_save_dir', tmp_path / 'run')
-    with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
-        os.kill(int(file.read().split()[0]), signal.SIGKILL)
-    assert_ends_with_a_line(process, 'a worker process', 'signal SIGKILL', '--resume')
+    arguments = command('train_imagenet.py', '--data_dir', tmp_path / 'imagenet', '--class_num', 3, '--batch_size', 8,
+                        '--init_channels', 4, '--layers', 3, '--use_gpu', 'False', '--num_workers', 2,
+                        '--report_freq', 1, '--epochs', 50, '--model_save_dir', tmp_path / 'run')
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any('epoch 1 step 1/' in line for line in process.stdout), process.stderr.read()
+        with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
+            os.kill(int(file.read().split()[0]), signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and 'Traceback' not in error and 'Exception' not in error, error
+    assert re.search(r'\nerror: .*a worker process.*signal SIGKILL.*--resume.*\s*$', error), error
 
-
-# ---------------------------------------------------------------------------------------------------
-# Damaged files
 
 def test_damaged_checkpoints_end_in_an_error_or_the_right_arrays():
     output = output_of('scripts/dev/fuzz_readers.py', '--count', 300, '--only', 'checkpoint (')

@@ -1,54 +1,34 @@
 """The search: both orders, crashes and resumes, seeds."""
 import pytest
 
-import utils
 from kill_and_resume import results_of
-from runs import history, last_checkpoint
+from runs import history
 from tiny_runs import Crash, tiny_search
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory):
-    """The folder of an uninterrupted search."""
+@pytest.fixture(scope='module', params=[True])
+def uninterrupted(tmp_path_factory, request):
+    """The folder of an uninterrupted search; the parameter is --custom_ops."""
     folder = tmp_path_factory.mktemp('uninterrupted')
-    assert tiny_search(folder) == 6
+    assert tiny_search(folder, custom_ops=request.param) == 6
     return folder
 
 
-@pytest.mark.parametrize('crash_after, saved', [                       # 3: at the end of the first epoch
-    (2, 2), (3, 3), *(pytest.param(*numbers, marks=pytest.mark.slow) for numbers in ((0, 0), (1, 0), (5, 5)))])
-def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, uninterrupted, crash_after, saved):
+@pytest.mark.parametrize('uninterrupted, crash_after, saved', [        # 3: at the end of the first epoch
+    (True, 2, 2), (True, 3, 3), *(pytest.param(*values, marks=pytest.mark.slow) for values in (
+        (True, 0, 0), (True, 1, 0), (True, 5, 5), (False, 5, 5)))], indirect=['uninterrupted'])
+def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, request, uninterrupted, crash_after, saved):
+    custom_ops = request.node.callspec.params['uninterrupted']
     with pytest.raises(Crash):
-        tiny_search(tmp_path, crash_after=crash_after)
-    assert tiny_search(tmp_path, resume=True) == 6 - saved
+        tiny_search(tmp_path, crash_after=crash_after, custom_ops=custom_ops)
+    assert tiny_search(tmp_path, resume=True, custom_ops=custom_ops) == 6 - saved
     assert results_of(tmp_path) == results_of(uninterrupted)
 
 
-@pytest.mark.slow
-def test_resumed_after_a_crash_equals_uninterrupted_with_paddle_operators(tmp_path):
-    tiny_search(tmp_path / 'uninterrupted', custom_ops=False)
-    with pytest.raises(Crash):
-        tiny_search(tmp_path / 'run', crash_after=5, custom_ops=False)
-    assert tiny_search(tmp_path / 'run', resume=True, custom_ops=False) == 1
-    assert results_of(tmp_path / 'run') == results_of(tmp_path / 'uninterrupted')
-
-
-def test_equal_seeds_give_equal_searches_and_other_seeds_other_ones(tmp_path, uninterrupted):
-    for seed in (0, 1):
-        tiny_search(tmp_path / str(seed), seed=seed)
-    assert results_of(tmp_path / '0') == results_of(uninterrupted)
-    assert last_checkpoint(tmp_path / '1')[2]['alphas'] != last_checkpoint(uninterrupted)[2]['alphas']
-
-
-def test_the_first_order_searches_differently(tmp_path, uninterrupted):
-    tiny_search(tmp_path, unrolled=False, epochs=4)
-    lines = history(tmp_path)
+def test_another_seed_and_the_first_order_give_other_searches(tmp_path, uninterrupted):
+    tiny_search(tmp_path / 'seed', seed=1)
+    tiny_search(tmp_path / 'order', unrolled=False, epochs=4)
+    lines = history(tmp_path / 'order')
     assert lines[-1]['train_loss'] < lines[0]['train_loss'] - 0.05
-    # The same images and initial weights, another gradient of alpha.
-    assert lines[0]['alphas_normal'] != history(uninterrupted)[0]['alphas_normal']
-
-
-def test_a_loss_that_is_not_finite_ends_the_search(tmp_path):
-    with pytest.raises(utils.UserError, match=r'(the loss is (nan|-?inf) at|finite after) step \d of epoch 1, '
-                                              r'learning rate 1e\+30; the last good checkpoint is .*-00000\d.npz'):
-        tiny_search(tmp_path, learning_rate=1e30, grad_clip=1e30)
+    alphas = [history(folder)[0]['alphas_normal'] for folder in (uninterrupted, tmp_path / 'seed', tmp_path / 'order')]
+    assert alphas[0] not in alphas[1:]

@@ -1,4 +1,5 @@
 """The epoch loop with a task without programs (checkpoints, log lines, signals), evaluation and prefetching."""
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,24 +30,27 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('crash_after, saved', enumerate([0, 0, 2, 2, 4, 5, 5, 7, 7, 9]))       # save_freq is 2
-def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, uninterrupted, crash_after, saved, workers):
+def test_resumed_after_a_crash_equals_uninterrupted(tmp_path, uninterrupted, capsys, crash_after, saved, workers):
     with pytest.raises(Crash):
         fake_run(tmp_path, crash_after=crash_after)
+    capsys.readouterr()
     assert fake_run(tmp_path, resume=True, num_workers=workers) == 10 - saved
+    output, bar = capsys.readouterr()
+    assert 'resumed from' in output and f'step {saved % 5}/5' in bar and ('step 0/5' in bar) == (saved <= 5)
+    assert fake_run(tmp_path, resume=True) == 0 and 'all 2 epochs were done already' in capsys.readouterr().out
     assert_equal_runs(tmp_path, uninterrupted)
 
 
-def test_log_lines_history_and_checkpoints(tmp_path, monkeypatch, capsys):
+def test_log_lines_history_and_checkpoints(tmp_path, capsys):
     class RecordingTask(FakeTask):
         def train_step(self, batch, epoch, step):
             losses.append(super().train_step(batch, epoch, step)[0])
             return losses[-1], 0.5, 1.0, 2
 
-    losses, saved, save = [], [], Run.save
-    monkeypatch.setattr(Run, 'save', lambda self, state, epoch, step, meter:
-                        saved.append((epoch, step)) or save(self, state, epoch, step, meter))
-    fake_run(tmp_path, task=RecordingTask, report_freq=3, save_freq=4)
-    assert saved == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0)]
+    losses = []
+    with mock.patch.object(Run, 'save', autospec=True, side_effect=Run.save) as save:
+        fake_run(tmp_path, task=RecordingTask, report_freq=3, save_freq=4)
+    assert [call.args[2:4] for call in save.mock_calls] == [(0, 0), (0, 4), (1, 0), (1, 4), (2, 0)]
     assert checkpoint_names(tmp_path) == ['checkpoint-0001-000004.npz', 'checkpoint-0002-000000.npz']
     output, bar = capsys.readouterr()
     lines = re.findall(r'^epoch (\d) step (\d)/5: loss (\d\.\d{4}), top-1 50\.00 %, top-5 100\.00 %, lr (0\.\d+)$',
@@ -64,65 +69,44 @@ def test_log_lines_history_and_checkpoints(tmp_path, monkeypatch, capsys):
                                                                                 losses[5:])]
 
 
-def test_a_resumed_epoch_starts_at_its_step_and_a_finished_run_takes_none(tmp_path, capsys):
-    with pytest.raises(Crash):
-        fake_run(tmp_path, crash_after=9)
-    capsys.readouterr()
-    fake_run(tmp_path, resume=True)
-    output, bar = capsys.readouterr()
-    assert 'resumed from' in output and 'step 4/5' in bar and 'step 0/5' not in bar
-    assert fake_run(tmp_path, resume=True) == 0
-    assert 'all 2 epochs were done already' in capsys.readouterr().out
-
-
-class StoppingTask(FakeTask):
-    def stop_reason(self, record):
-        return 'the largest number is known' if record['epoch'] >= 2 else None
-
-
-def test_a_stop_reason_ends_a_run_and_is_logged_again_at_a_resume(tmp_path, capsys):
+def test_a_stop_reason_ends_a_run_and_is_logged_again_at_a_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(FakeTask, 'stop_reason', lambda task, record: 'too large' if record['epoch'] >= 2 else None,
+                        raising=False)
     for resume, steps in ((False, 10), (True, 0)):
-        assert fake_run(tmp_path, resume, task=StoppingTask, epochs=4) == steps
+        assert fake_run(tmp_path, resume, epochs=4) == steps
         output = capsys.readouterr().out
-        assert output.endswith('\nthe largest number is known\n') and 'done already' not in output
+        assert output.endswith('\ntoo large\n') and 'done already' not in output
         assert checkpoint_names(tmp_path)[-1] == 'checkpoint-0002-000000.npz' and len(history(tmp_path)) == 2
-    assert fake_run(tmp_path, resume=True, epochs=4) == 10                                  # without the reason
-
-
-def signalled_task(number, signalled_epoch, signalled_step):
-    """Returns a FakeTask that gets a signal in a step, or with None for the step during the validation of the epoch."""
-    class SignalledTask(FakeTask):
-        def train_step(self, batch, epoch, step):
-            if (epoch, step) == (signalled_epoch, signalled_step):
-                os.kill(os.getpid(), number)
-                assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-            return super().train_step(batch, epoch, step)
-
-        def finish_epoch(self, epoch):
-            if (epoch, None) == (signalled_epoch, signalled_step):
-                os.kill(os.getpid(), number)
-            return super().finish_epoch(epoch)
-    return SignalledTask
+    monkeypatch.undo()
+    assert fake_run(tmp_path, resume=True, epochs=4) == 10
 
 
 @pytest.mark.parametrize('number, epoch, step, name, line', [
     (signal.SIGTERM, 1, 2, '0001-000003', 'stopped after step 3 of epoch 2'),
     (signal.SIGINT, 0, 0, '0000-000001', 'stopped after step 1 of epoch 1'),
     (signal.SIGTERM, 0, 4, '0000-000005', 'stopped after step 5 of epoch 1'),               # before the validation
-    (signal.SIGTERM, 0, None, '0001-000000', 'stopped after epoch 1')])
+    (signal.SIGTERM, 0, None, '0001-000000', 'stopped after epoch 1'),                      # during the validation
+    (signal.SIGTERM, 1, None, '0002-000000', None)])                                        # the run has ended
 def test_a_signal_stops_the_run_with_a_checkpoint(tmp_path, uninterrupted, capsys, number, epoch, step, name, line):
+    class SignalledTask(FakeTask):
+        def train_step(self, batch, *position):
+            if position == (epoch, step):
+                os.kill(os.getpid(), number)
+                assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            return super().train_step(batch, *position)
+
+        def finish_epoch(self, ended):
+            if (ended, None) == (epoch, step):
+                os.kill(os.getpid(), number)
+            return super().finish_epoch(ended)
+
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        fake_run(tmp_path, task=signalled_task(number, epoch, step))
-    assert end.value.code == 128 + number and f'{line}; --resume continues from here' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f'^{128 + number}$') if line else contextlib.nullcontext():
+        fake_run(tmp_path, task=SignalledTask)
+    assert (f'{line}; --resume continues from here' in capsys.readouterr().out) == (line is not None)
     assert checkpoint_names(tmp_path)[-1] == f'checkpoint-{name}.npz'
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     fake_run(tmp_path, resume=True)
-    assert_equal_runs(tmp_path, uninterrupted)
-
-
-def test_a_signal_during_the_last_validation_changes_nothing(tmp_path, uninterrupted):
-    assert fake_run(tmp_path, task=signalled_task(signal.SIGTERM, 1, None)) == 10
     assert_equal_runs(tmp_path, uninterrupted)
 
 
@@ -158,9 +142,6 @@ def test_evaluate_counts_every_image_once(workers):
     assert meter.images == 7
     assert meter.means('test') == {'test_loss': (3 + 6 + 3) / 7, 'test_top1': 4 / 7, 'test_top5': 1}   # exact counts
 
-
-# ---------------------------------------------------------------------------------------------------
-# Prefetching
 
 @pytest.mark.parametrize('workers', [0, 1, 3])
 def test_prefetch_keeps_the_order_and_raises_at_the_right_step(workers):

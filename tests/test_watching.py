@@ -110,17 +110,10 @@ def test_a_limit_given_with_resume_counts_for_the_epochs_before(tmp_path, search
     assert skips_in(tmp_path) == 5
     epochs, output = search(4, 5, 6, resume=True, stop_at_skips=5)
     assert epochs == 0 and skips_in(tmp_path) == 4 and "genotype of epoch 1, which has 4" in output
-    epochs, output = search(4, 5, 6, resume=True, stop_at_skips=2)
-    assert epochs == 0 and skips_in(tmp_path) is None and "no epoch had fewer, so there is no " in output
+    for _ in range(2):                                 # the second time there is no file any more
+        epochs, output = search(4, 5, 6, resume=True, stop_at_skips=2)
+        assert epochs == 0 and skips_in(tmp_path) is None and "no epoch had fewer, so there is no " in output
 
-
-def test_a_first_epoch_above_the_limit_writes_no_genotype(tmp_path, search):
-    epochs, output = search(4, 0, stop_at_skips=2)
-    assert epochs == 1 and skips_in(tmp_path) is None and "the search ended with epoch 1" in output
-
-
-# ---------------------------------------------------------------------------------------------------
-# VisualDL
 
 @pytest.mark.parametrize('script', ['train_search.py', 'train.py', 'train_imagenet.py'])
 def test_without_visualdl_the_flag_is_refused_at_once(monkeypatch, script):
@@ -131,11 +124,10 @@ def test_without_visualdl_the_flag_is_refused_at_once(monkeypatch, script):
 
 def curves(folder):
     """Returns {(tag, curve): [(x, value)]} as VisualDL reads them from a folder, without the measured seconds."""
-    visualdl = pytest.importorskip('visualdl', reason='VisualDL is not installed')
-    reader = visualdl.LogReader(file_path=str(folder / dashboard.FILE))
-    result = {}
-    for tag in reader.get_tags()['scalar']:
-        result[tag, ''] = [(value.id, value.value) for value in reader.get_data('scalar', tag)]
+    from visualdl import LogReader
+    reader = LogReader(file_path=str(folder / dashboard.FILE))
+    result = {(tag, ''): [(value.id, value.value) for value in reader.get_data('scalar', tag)]
+              for tag in reader.get_tags()['scalar']}
     for tag in reader.get_tags().get('scalars', ()):
         for value in reader.get_data('scalars', tag):
             result.setdefault((tag, value.tag_value.tag), []).append((value.id, value.tag_value.value))
@@ -148,7 +140,7 @@ def uninterrupted(tmp_path_factory):
     """The folder of an uninterrupted search that reports every step, with its curves in log/."""
     pytest.importorskip('visualdl', reason='VisualDL is not installed')
     folder = tmp_path_factory.mktemp('uninterrupted')
-    tiny_search(folder, visualdl=folder / 'log', report_freq=1)
+    tiny_search(folder, visualdl=str(folder / 'log'), report_freq=1)
     return folder
 
 
@@ -163,15 +155,14 @@ def test_the_curves_equal_the_history(uninterrupted):
     for kind in ('normal', 'reduce'):
         for edge, tag in ((0, '0 to 2'), (7, '2 to 4'), (13, '4 to 5')):
             for number, operation in enumerate(PRIMITIVES):
-                weights = [line[f'alphas_{kind}'][edge][number] for line in lines]
-                assert read[f'alphas_{kind}/{tag}', operation] == [(1, pytest.approx(weights[0])),
-                                                                   (2, pytest.approx(weights[1]))]
+                assert read[f'alphas_{kind}/{tag}', operation] == [
+                    (k, pytest.approx(line[f'alphas_{kind}'][edge][number])) for k, line in enumerate(lines, 1)]
     assert len([tag for tag, _ in read if tag.startswith('alphas_')]) == 2 * 14 * 8
 
 
 @pytest.mark.parametrize('cut_off', [0, 3])
 def test_the_curves_of_a_resumed_run_equal_those_of_the_uninterrupted_one(tmp_path, uninterrupted, cut_off):
-    flags = dict(report_freq=1, save_freq=3, visualdl=tmp_path / 'log')
+    flags = dict(report_freq=1, save_freq=3, visualdl=str(tmp_path / 'log'))
     with pytest.raises(Crash):
         # The last checkpoint is that of the first epoch: the last two steps are repeated.
         tiny_search(tmp_path / 'run', crash_after=5, **flags)

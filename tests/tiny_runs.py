@@ -10,7 +10,6 @@ import utils
 from engine import custom_ops, trainer
 from engine.checkpoint import Run
 from engine.programs import VariableStore
-from runs import restored_state
 
 
 class Crash(Exception):
@@ -35,8 +34,9 @@ def run_task(task, run, args, crash_after=None):
 class FakeTask:
     """A task of engine.trainer without programs: theta depends on all steps before, like weights in training."""
 
-    def __init__(self, run, steps=5):
-        self.run, self.steps = run, steps
+    steps = 5
+
+    def __init__(self, run):
         self.store = VariableStore(paddle.CPUPlace())
         self.store.set('theta', np.ones(3), saved=True)
         self.store.host_state['largest'] = -1.0
@@ -61,9 +61,8 @@ def fake_run(folder, resume=False, crash_after=None, task=FakeTask, **changes):
     """Runs a FakeTask for two epochs of five steps; returns the number of steps that were taken."""
     args = Namespace(**{'model_save_dir': str(folder), 'resume': resume, 'visualdl': None, 'epochs': 2, 'batch_size': 2,
                         'num_workers': 0, 'report_freq': 2, 'save_freq': 2, **changes})
-    with restored_state():
-        run = Run(args)
-        return run_task(task(run), run, args, crash_after)
+    run = Run(args)
+    return run_task(task(run), run, args, crash_after)
 
 
 def tiny_search(folder, resume=False, crash_after=None, **changes):
@@ -71,17 +70,14 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
 
     It uses the compiled operators, which are much faster to prepare, where they are available.
     """
-    flags = ['--model_save_dir', str(folder), '--epochs', '2', '--batch_size', '3', '--init_channels', '2',
-             '--layers', '3', '--save_freq', '2', '--use_gpu', 'False'] + ['--resume'] * resume
-    for name, value in changes.items():
-        flags += [f'--{name}', str(value)]
-    args = train_search.parse_args(flags)
-    args.class_num = 10
+    args = train_search.parse_args([])
+    vars(args).update({'model_save_dir': str(folder), 'resume': resume, 'epochs': 2, 'batch_size': 3, 'class_num': 10,
+                       'init_channels': 2, 'layers': 3, 'save_freq': 2, **changes})
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (18, 3, 32, 32), 'uint8'), np.arange(18) % 10
     data = reader.Dataset('random', 10, tuple('0123456789'), images, labels, images, labels,
                           np.full(3, 0.5, 'float32'), np.full(3, 0.25, 'float32'))
-    with restored_state():
-        run = Run(args)
+    with custom_ops.disabled():                        # at the end they are switched back
         custom_ops.enable(args.custom_ops)
+        run = Run(args)
         return run_task(train_search.Search(args, data, run, utils.find_place(False)), run, args, crash_after)
