@@ -256,8 +256,13 @@ def animate(epochs: list[Epoch]) -> bytes:
     # Each frame is drawn by a process of its own, `dot`, which uses one core.
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         frames = list(tqdm(threads.map(frame, epochs), total=len(epochs), desc='drawing', unit=' epochs', leave=False))
-    # A common palette of 256 colours: a smaller file without flicker.
-    palette = Image.fromarray(np.concatenate(frames)).quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=2)
+    # A common palette, for a smaller file without flicker: the most frequent colours, so that areas keep theirs. Pillow
+    # finds them on a grid of 4 levels, so colours of the same cell of 8 levels are left out.
+    stacked, palette = Image.fromarray(np.concatenate(frames)), Image.new('P', (1, 1))
+    cells = {}
+    for _, colour in sorted(stacked.getcolors(stacked.width * stacked.height), reverse=True):
+        cells.setdefault(tuple(level // 8 for level in colour), colour)
+    palette.putpalette([level for colour in list(cells.values())[:256] for level in colour])
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     # Between 0.2 and 1 s per frame, at best 15 s in all; the last frame stays for 3 s.
     pause = int(min(1000, max(200, 15000 / len(epochs))))
