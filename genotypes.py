@@ -93,8 +93,7 @@ def load(name: str) -> Genotype:
                         "or the path of a genotype.json that a search wrote")
     try:
         with open(name, encoding='utf-8') as file:
-            fields = json.loads(file.read(1 << 20))
-        return check(fields)
+            return check(json.loads(file.read(1 << 20)))
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{name} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
 
@@ -138,20 +137,16 @@ def check(fields: dict) -> Genotype:
             if not isinstance(edge, (list, tuple)) or len(edge) != 2 or edge[0] not in OPERATIONS:
                 raise ValueError(f"{cell} edge {number}, {edge!r}, has to be an operation "
                                  f"({', '.join(OPERATIONS)}) and a state")
-            if not _is_state(edge[1], 0, 2 + number // 2):
+            if type(edge[1]) is not int or not 0 <= edge[1] < 2 + number // 2:
                 raise ValueError(f"{cell} edge {number}: state {edge[1]!r} is not among the "
                                  f"{2 + number // 2} states before node {number // 2}")
         last = 2 + len(edges) // 2
-        if not isinstance(concat, (list, tuple)) or not concat or len(set(map(repr, concat))) < len(concat) \
-                or not all(_is_state(state, 2, last) for state in concat):
+        if not isinstance(concat, (list, tuple)) or {*map(type, concat)} != {int} \
+                or len({*concat} & {*range(2, last)}) < len(concat):
             raise ValueError(f"{cell}_concat {concat!r} has to name different nodes among 2 to {last - 1}")
         checked[cell] = tuple((operation, state) for operation, state in edges)
         checked[cell + '_concat'] = tuple(concat)
     return Genotype(**checked)
-
-
-def _is_state(value, first: int, end: int) -> bool:
-    return type(value) is int and first <= value < end
 
 
 def softmax(alphas: np.ndarray) -> np.ndarray:
@@ -187,15 +182,13 @@ def derive(alphas_normal: np.ndarray, alphas_reduce: np.ndarray) -> Genotype:
     all 8. Each node keeps its two strongest edges, the stronger first, and on each its strongest operation other than
     none. With ties the lower index wins.
     """
-    return Genotype(_derive_cell(alphas_normal), tuple(range(2, 2 + NODES)),
-                    _derive_cell(alphas_reduce), tuple(range(2, 2 + NODES)))
-
-
-def _derive_cell(alphas: np.ndarray) -> tuple:
-    weights = softmax(np.asarray(alphas, 'float64'))[:, 1:]          # without none
-    edges = []
-    for node, first in enumerate(FIRST_EDGE):
-        incoming = weights[first:first + 2 + node]                   # [states before the node, 7]
-        strongest = np.argsort(-incoming.max(axis=1), kind='stable')[:2]
-        edges += [(PRIMITIVES[1 + int(incoming[state].argmax())], int(state)) for state in strongest]
-    return tuple(edges)
+    cells = []
+    for alphas in (alphas_normal, alphas_reduce):
+        weights = softmax(np.asarray(alphas, 'float64'))[:, 1:]          # without none
+        edges = []
+        for node, first in enumerate(FIRST_EDGE):
+            incoming = weights[first:first + 2 + node]                   # [states before the node, 7]
+            strongest = np.argsort(-incoming.max(axis=1), kind='stable')[:2]
+            edges += [(PRIMITIVES[1 + int(incoming[state].argmax())], int(state)) for state in strongest]
+        cells += [tuple(edges), tuple(range(2, 2 + NODES))]
+    return Genotype(*cells)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import html
 import io
 import json
@@ -16,11 +15,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import graphviz
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 from tqdm import tqdm
 
 import genotypes
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 FORMATS = ('pdf', 'png', 'svg')
 FONT = 'Helvetica,Arial,sans-serif'
 KINDS = {'reduce': 'Reduction cell', 'normal': 'Normal cell'}        # in drawing order
-SEARCH_EDGES = [(state, node) for node in range(genotypes.NODES) for state in range(2 + node)]     # rows of alpha
 
 # One hue per family of operations, distinguishable with colour vision deficiency (after Okabe and Ito).
 # Within a family the smaller kernel has the darker shade.
@@ -184,15 +183,11 @@ def draw_operation(drawing: Drawing, name: Callable, edge: tuple, node: int, sid
     base = tip[0] - ARROW * 0.85, tip[1] + side * ARROW * 0.53
     points += [(right + 4, op_y), (base[0] - 3, base[1] + side * 2), base]
     colour = COLOURS[operation]
+    tint = '#' + ''.join(f'{round(255 - 0.14 * (255 - level)):02X}' for level in ImageColor.getrgb(colour))
     label = (f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0" STYLE="ROUNDED" COLOR="{colour}" '
-             f'BGCOLOR="{tint(colour)}"><TR><TD WIDTH="{OP_WIDTH}" HEIGHT="{OP_HEIGHT}">{operation}</TD></TR></TABLE>>')
+             f'BGCOLOR="{tint}"><TR><TD WIDTH="{OP_WIDTH}" HEIGHT="{OP_HEIGHT}">{operation}</TD></TR></TABLE>>')
     drawing.edge(name(state), name(node + 2), points, tip, color=colour, label=label,
                   lp=f'{(left + right) / 2:.2f},{-op_y:.2f}')
-
-
-def tint(colour: str) -> str:
-    """Returns a light shade of a colour, as a background for text."""
-    return '#' + ''.join(f'{round(255 - 0.14 * (255 - int(colour[i:i + 2], 16))):02X}' for i in (1, 3, 5))
 
 
 def draw_genotype(genotype: Genotype, title: str, note: str = '') -> Drawing:
@@ -228,8 +223,7 @@ def read_history(path: str) -> list[Epoch]:
     Raises UserError when the file has no epoch, is damaged or belongs to a training.
     """
     try:
-        with open(path, 'rb') as file:
-            lines = file.read().splitlines(keepends=True)
+        lines = Path(path).read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     epochs, shape = [], (genotypes.EDGES, len(PRIMITIVES))
@@ -262,32 +256,20 @@ def animate(epochs: list[Epoch]) -> bytes:
     # Each frame is drawn by a process of its own, `dot`, which uses one core.
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         frames = list(tqdm(threads.map(frame, epochs), total=len(epochs), desc='drawing', unit=' epochs', leave=False))
-    frames = with_one_palette(frames)
+    # A common palette, for a smaller file without flicker: the most frequent colours, so that areas keep theirs. Pillow
+    # finds them on a grid of 4 levels, so colours of the same cell of 8 levels are left out.
+    stacked, palette = Image.fromarray(np.concatenate(frames)), Image.new('P', (1, 1))
+    cells = {}
+    for _, colour in sorted(stacked.getcolors(stacked.width * stacked.height), reverse=True):
+        cells.setdefault(tuple(level // 8 for level in colour), colour)
+    palette.putpalette([level for colour in list(cells.values())[:256] for level in colour])
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     # Between 0.2 and 1 s per frame, at best 15 s in all; the last frame stays for 3 s.
     pause = int(min(1000, max(200, 15000 / len(epochs))))
     file = io.BytesIO()
     frames[0].save(file, 'GIF', save_all=True, append_images=frames[1:], loop=0, optimize=False,
                    duration=[pause] * (len(frames) - 1) + [3000])
     return file.getvalue()
-
-
-def with_one_palette(frames: list[Image.Image]) -> list[Image.Image]:
-    """Converts RGB images to indexed images with a common palette of 256 colours: a smaller file without flicker."""
-    counts = collections.Counter()
-    for image in frames:
-        counts.update({colour: count for count, colour in image.getcolors(image.width * image.height)})
-    colours = np.array([colour for colour, _ in counts.most_common()])                                      # [n, 3]
-    # The 160 most frequent colours, those of areas, stay exact; the others come from antialiasing.
-    palette, rest = colours[:160], colours[160:]
-    if len(rest):
-        near = Image.fromarray(rest[None].astype('uint8')).quantize(96, method=Image.Quantize.MEDIANCUT).getpalette()
-        palette = np.concatenate([palette, np.reshape(near, (-1, 3))[:96]])
-    lookup, shifts = np.zeros(1 << 24, 'uint8'), np.array([1 << 16, 1 << 8, 1])
-    lookup[colours @ shifts] = [((palette - colour) ** 2).sum(axis=1).argmin() for colour in colours]
-    indexed = [Image.fromarray(lookup[np.array(image) @ shifts]) for image in frames]
-    for image in indexed:
-        image.putpalette(palette.astype('uint8').tobytes())
-    return indexed
 
 
 def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
@@ -310,7 +292,8 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
         grid = part.add_gridspec(1 + genotypes.NODES, genotypes.NODES)
         chosen = {(state, number // 2): operation
                   for number, (operation, state) in enumerate(getattr(epochs[-1].genotype, kind))}
-        for edge, (state, node) in enumerate(SEARCH_EDGES):
+        edges = ((state, node) for node in range(genotypes.NODES) for state in range(2 + node))     # rows of alpha
+        for edge, (state, node) in enumerate(edges):
             panel = part.add_subplot(grid[state, node], sharex=panel, sharey=panel, label=f'{kind} {state} {node}')
             panel.set_title(f'${state_name(state)} \\to {node}$', fontsize=9, color=INK)
             panel.spines[:].set(color=INK if (state, node) in chosen else FRAME, linewidth=1.2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -27,8 +28,7 @@ def read_training(path: str) -> list[dict]:
     Raises UserError when the file cannot be read or is not the history of a training.
     """
     try:
-        with open(path, encoding='utf-8') as file:
-            epochs = [json.loads(line) for line in file]
+        epochs = [json.loads(line) for line in Path(path).read_bytes().splitlines()]
         for key in ('test_top1', 'best_top1'):
             float(epochs[-1][key])
     except (OSError, ValueError, TypeError, LookupError) as error:
@@ -74,10 +74,9 @@ def main() -> None:
     """Prints the summary of the folder on the command line."""
     parser = utils.Parser(description="Print the summary of a folder of scripts/quickstart.sh.")
     parser.add_argument('folder', help='folder of scripts/quickstart.sh, such as quickstart-1')
-    parser.add_argument('--seconds', type=utils.number(int, 0), default=0,
-                        help='duration of search, training and drawing in seconds (%(default)s)')
-    parser.add_argument('--install_seconds', type=utils.number(int, 0), default=0,
-                        help='duration of the installation in seconds (%(default)s)')
+    for flag, steps in (('--seconds', 'search, training and drawing'), ('--install_seconds', 'the installation')):
+        parser.add_argument(flag, type=utils.number(int, 0), default=0,
+                            help=f'duration of {steps} in seconds (%(default)s)')
     args = parser.parse_args()
     print(summarize(args.folder, args.seconds, args.install_seconds))
 

@@ -19,17 +19,13 @@ SEARCH = {'epoch': 1, 'valid_top1': 0.25, 'alphas_normal': ALPHAS, 'alphas_reduc
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in {
-            'search/history.jsonl': [SEARCH, dict(SEARCH, epoch=2, valid_top1=0.5)],
-            'search/genotype.json': [genotypes.DARTS_V2._asdict()],
-            'train/history.jsonl': [{'epoch': 1, 'test_top1': 0.75, 'best_top1': 0.75},
-                                    {'epoch': 2, 'test_top1': 0.625, 'best_top1': 0.75},
-                                    {'epoch': 3, 'test_top1': 0.6875, 'best_top1': 0.875}]}.items():
-        os.makedirs(os.path.dirname(f'q/{name}'), exist_ok=True)
-        with open(f'q/{name}', 'w') as file:
-            file.writelines(json.dumps(line) + '\n' for line in content)
-    os.makedirs('q/pictures')
-    open('q/pictures/alphas.png', 'w').close()
+    for name, *lines in (
+            ('search/history.jsonl', SEARCH, SEARCH, dict(SEARCH, valid_top1=0.5)),
+            ('search/genotype.json', genotypes.DARTS_V2._asdict()), ('pictures/alphas.png',),
+            ('train/history.jsonl', {'test_top1': 0.75, 'best_top1': 0.75}, {'test_top1': 0.6875, 'best_top1': 0.875})):
+        path = tmp_path / 'q' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     return tmp_path / 'q'
 
 
@@ -44,8 +40,8 @@ def test_the_summary_has_cells_accuracies_and_existing_pictures(folder):
         '2 = sep_conv_3x3(c_{k-1}) + skip_connect(c_{k-2})', '3 = skip_connect(c_{k-2}) + dil_conv_3x3(0)',
         'c_k = concat(0, 1, 2, 3)']
     assert '1 = skip_connect(0) + max_pool_3x3(c_{k-1})' in lines[lines.index('Reduction cell', start):]
-    assert 'search      2 epochs, validation top-1 50.0 %' in lines
-    assert 'training    3 epochs, test top-1 68.8 %, 87.5 % in the best epoch' in lines
+    assert 'search      3 epochs, validation top-1 50.0 %' in lines
+    assert 'training    2 epochs, test top-1 68.8 %, 87.5 % in the best epoch' in lines
     assert 'genotype    q/search/genotype.json' in lines and 'weights     q/train/last.npz' in lines
     assert [line for line in lines if line.startswith('picture')] == [
         'picture     q/pictures/alphas.png: softmax(alpha) over the epochs']
