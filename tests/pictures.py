@@ -50,7 +50,7 @@ def save_as(mode, image, path):
 
 
 def make_imagenet(root, classes=3, train=12, valid=5):
-    """Writes train/<class>/ and val/<class>/ under root, cycling through SIZES and MODES."""
+    """Writes train/<class>/ and val/<class>/ under root, cycling through SIZES and MODES; returns root."""
     labels = reader.load('fashion_mnist_sample').train_labels
     for half, first, count in (('train', 0, train), ('val', train, valid)):
         for label in range(classes):
@@ -59,6 +59,7 @@ def make_imagenet(root, classes=3, train=12, valid=5):
             for k, number in enumerate(np.flatnonzero(labels == label)[first:first + count]):
                 save = list(MODES.values())[k % len(MODES)]
                 save(picture(number, SIZES[(k + label) % len(SIZES)]), folder / f'{k:03d}.JPEG')
+    return root
 
 
 def write_lists(root):

@@ -153,9 +153,7 @@ def test_jitter_by_hand(factors, order, expected):
 
 @pytest.fixture(scope='module')
 def imagenet(tmp_path_factory):
-    root = tmp_path_factory.mktemp('imagenet')
-    pictures.make_imagenet(root)
-    return root
+    return pictures.make_imagenet(tmp_path_factory.mktemp('imagenet'))
 
 
 def test_both_layouts_give_the_same_data(imagenet, tmp_path):
@@ -235,6 +233,9 @@ def test_an_unreadable_image_is_replaced_in_training_and_left_out_in_validation(
     caplog.clear()
     made.batch(1, 0)
     assert not caplog.text                                     # it is reported only once
+    samples.paths[4] = str(tmp_path)                           # a folder
+    with pytest.raises(UserError, match=r'cannot read 2 of 101 images.*copy it again'):
+        made.batch(2, 0)
 
 
 # --- Workers

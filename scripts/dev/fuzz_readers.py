@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import gzip
+import importlib.util
 import io
 import json
 import logging
@@ -109,9 +110,6 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
     return content[:first] + new + content[end:]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Examination of a reader
-
 def examine(subject: Subject, count: int, seed: int, report: Callable[[str], None] = print) -> Counter:
     """Gives `count` damaged files to a reader, calls `report` with a line per failure, returns {outcome: number}."""
     subject.path.write_bytes(subject.pack(subject.content))
@@ -143,8 +141,6 @@ def _read_inputs(subject: Subject, expected: Any, seed: int, first: int, count: 
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
-    for number in TIMERS.values():
-        signal.signal(number, signal.SIG_DFL)
     for number in range(first, min(first + INPUTS_PER_PROCESS, count)):
         rng = np.random.default_rng([seed, zlib.crc32(subject.name.encode()), number])
         subject.path.write_bytes(subject.pack(mutate(subject.content, rng)))
@@ -239,10 +235,9 @@ def npz_subjects(folder: Path) -> Iterator[Subject]:
 
 def torch_subjects(folder: Path) -> Iterator[Subject]:
     """Yields state dicts of PyTorch; none without torch."""
-    try:
-        torch = convert_weights.import_torch()
-    except UserError:
+    if not importlib.util.find_spec('torch'):
         return
+    import torch
     path, network = folder / 'x.pt', NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, build_programs=False)
     tensors = {name: torch.from_numpy(array) for name, array in network.weights().items()}
 

@@ -12,7 +12,6 @@ and the names of all files. The exit code is 1 when a run differs.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -51,11 +50,11 @@ class Moment(NamedTuple):
 def draw_moments(number: int, seed: int, step_seconds: float, start_seconds: float) -> list[Moment]:
     """Returns random moments of all kinds, the kinds in a fixed order."""
     rng = np.random.default_rng(seed)
-    kinds = ('anywhere', 'checkpoint', 'anywhere', 'file', 'anywhere', 'checkpoint', 'anywhere', 'start', 'anywhere',
-             'checkpoint')
+    special = ('checkpoint', 'file', 'checkpoint', 'start', 'checkpoint')
+    kinds = [special[k // 2 % 5] if k % 2 else 'anywhere' for k in range(number)]
     longest = {'start': start_seconds, 'anywhere': step_seconds}
     return [Moment(kind, int(rng.integers(EPOCHS * STEPS)), rng.uniform(0, longest.get(kind, 0)))
-            for kind in itertools.islice(itertools.cycle(kinds), number)]
+            for kind in kinds]
 
 
 def command(script: str, data: str, folder: str, *flags: str) -> list[str]:
@@ -143,11 +142,10 @@ def kill_and_resume(script: str, data: str, folder: str, moment: Moment, expecte
 
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add('--number', type=utils.number(int, 1), default=20, help='kills of each script (%(default)s)')
-    add('--seed', type=utils.number(int, 0), default=0, help='seed of the moments (%(default)s)')
-    add('--scripts', nargs='+', choices=list(BATCH_SIZE), default=list(BATCH_SIZE), help='scripts to kill (both)')
-    add('--jobs', type=utils.number(int, 1), default=1, help='number of runs at a time (%(default)s)')
+    parser.add_argument('--number', type=utils.number(int, 1), default=20, help='kills of each script (%(default)s)')
+    parser.add_argument('--seed', type=utils.number(int, 0), default=0, help='seed of the moments (%(default)s)')
+    parser.add_argument('--scripts', nargs='+', choices=BATCH_SIZE, default=BATCH_SIZE, help='scripts to kill (both)')
+    parser.add_argument('--jobs', type=utils.number(int, 1), default=1, help='number of runs at a time (%(default)s)')
     args = parser.parse_args()
     began, kills, different, while_writing = time.time(), 0, 0, 0
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(args.jobs) as pool:
