@@ -1,6 +1,4 @@
 """Image files made from Fashion-MNIST, in ImageNet's layout, in several sizes and in all modes that occur."""
-import os
-
 import numpy as np
 from PIL import Image
 
@@ -19,61 +17,53 @@ def picture(number, size):
     return Image.fromarray((garment * colour + (1 - garment) * ground).astype('uint8'))
 
 
-def with_orientation(image, orientation):
-    """Returns the pixels and the EXIF bytes that a camera would store; applying the orientation gives `image`."""
-    inverse = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_90',
-               7: 'TRANSVERSE', 8: 'ROTATE_270'}
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return image.transpose(Image.Transpose[inverse[orientation]]) if orientation > 1 else image, exif.tobytes()
-
-
 def save_jpeg(image, path, **settings):
     image.save(path, format='JPEG', **dict(quality=92, subsampling=0, **settings))
 
 
-def save_as(mode, image, path):
-    """Saves an RGB image in one of MODES, which occur in ImageNet and in custom data."""
-    if mode in ('RGB', 'L', 'CMYK'):
-        save_jpeg(image.convert(mode), path)
-    elif mode == 'progressive':
-        save_jpeg(image, path, progressive=True)
-    elif mode == 'exif':
-        stored, exif = with_orientation(image, 6)
-        save_jpeg(stored, path, exif=exif)
-    elif mode == 'palette':
-        image.quantize(256).save(path, format='PNG')
-    elif mode == 'palette, transparent':
-        image.quantize(255).save(path, format='PNG', transparency=bytes([128] * 255))
-    elif mode == '16 bits':
-        grey = np.asarray(image.convert('L'), 'uint16')
-        Image.fromarray(grey * 257).save(path, format='PNG')
-    else:
-        image.convert(mode).save(path, format='PNG')
+def save_oriented(image, path, orientation, save=save_jpeg):
+    """Saves the pixels and the EXIF orientation that a camera would store; applying the orientation gives `image`."""
+    inverse = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_90',
+               7: 'TRANSVERSE', 8: 'ROTATE_270'}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(image.transpose(Image.Transpose[inverse[orientation]]) if orientation > 1 else image, path, exif=exif)
 
 
-MODES = ('RGB', 'L', 'CMYK', 'progressive', 'exif', 'palette', 'palette, transparent', '16 bits', 'RGBA', 'LA')
+# {mode that occurs in ImageNet or in custom data: the function that saves an RGB image in it}
+MODES = {
+    'RGB': save_jpeg,
+    'L': lambda image, path: save_jpeg(image.convert('L'), path),
+    'CMYK': lambda image, path: save_jpeg(image.convert('CMYK'), path),
+    'progressive': lambda image, path: save_jpeg(image, path, progressive=True),
+    'exif': lambda image, path: save_oriented(image, path, 6),
+    'palette': lambda image, path: image.quantize(256).save(path, 'PNG'),
+    'palette, transparent': lambda image, path: image.quantize(255).save(path, 'PNG', transparency=b'\x80' * 255),
+    '16 bits': lambda image, path: Image.fromarray(np.asarray(image.convert('L'), 'uint16') * 257).save(path, 'PNG'),
+    'RGBA': lambda image, path: image.convert('RGBA').save(path, 'PNG'),
+    'LA': lambda image, path: image.convert('LA').save(path, 'PNG')}
 GREY = ('L', 'LA', '16 bits')
 
 
+def save_as(mode, image, path):
+    MODES[mode](image, path)
+
+
 def make_imagenet(root, classes=3, train=12, valid=5):
-    """Writes train/<class>/ and val/<class>/ under root, cycling through SIZES and MODES."""
+    """Writes train/<class>/ and val/<class>/ under root, cycling through SIZES and MODES; returns root."""
     labels = reader.load('fashion_mnist_sample').train_labels
     for half, first, count in (('train', 0, train), ('val', train, valid)):
         for label in range(classes):
-            folder = os.path.join(root, half, f'n{label:08d}')
-            os.makedirs(folder)
+            folder = root / half / f'n{label:08d}'
+            folder.mkdir(parents=True)
             for k, number in enumerate(np.flatnonzero(labels == label)[first:first + count]):
-                image = picture(number, SIZES[(k + label) % len(SIZES)])
-                save_as(MODES[k % len(MODES)], image, os.path.join(folder, f'{k:03d}.JPEG'))
+                save = list(MODES.values())[k % len(MODES)]
+                save(picture(number, SIZES[(k + label) % len(SIZES)]), folder / f'{k:03d}.JPEG')
+    return root
 
 
 def write_lists(root):
     """Writes train_list.txt and val_list.txt for the folders under root."""
     for half in ('train', 'val'):
-        lines = []
-        for label, name in enumerate(sorted(os.listdir(os.path.join(root, half)))):
-            for file in sorted(os.listdir(os.path.join(root, half, name))):
-                lines.append(f'{half}/{name}/{file} {label}\n')
-        with open(os.path.join(root, f'{half}_list.txt'), 'w') as file:
-            file.writelines(lines)
+        lines = [f'{path.relative_to(root)} {int(path.parent.name[1:])}\n' for path in sorted(root.glob(f'{half}/*/*'))]
+        (root / f'{half}_list.txt').write_text(''.join(lines))

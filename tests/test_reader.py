@@ -19,7 +19,6 @@ import reader
 from utils import UserError
 
 pytestmark = pytest.mark.paddle_free
-ROOT = os.path.dirname(os.path.abspath(reader.__file__))
 FASHION_MNIST = '/usr/share/datasets/fashion-mnist'           # of Debian's package dataset-fashion-mnist
 MEAN, STD = np.array([0.5, 0.4, 0.3], 'float32'), np.array([0.25, 0.2, 0.1], 'float32')
 
@@ -38,8 +37,7 @@ def write(folder, files):
 
 
 def has_arrays(data, arrays):
-    loaded = data.train_images, data.train_labels, data.test_images, data.test_labels
-    return all(np.array_equal(a, b) for a, b in zip(loaded, arrays))
+    return all(map(np.array_equal, data[3:7], arrays))
 
 
 def test_unknown_data_sets_and_missing_files_are_named(tmp_path):
@@ -51,7 +49,7 @@ def test_unknown_data_sets_and_missing_files_are_named(tmp_path):
 
 def test_the_module_does_not_import_paddle():
     code = "import sys, reader; reader.load('fashion_mnist_sample'); assert 'paddle' not in sys.modules"
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(reader.__file__), check=True)
 
 
 def test_the_sample_is_balanced_small_and_licensed():
@@ -59,8 +57,6 @@ def test_the_sample_is_balanced_small_and_licensed():
     assert data.train_images.shape == (2000, 3, 32, 32) and data.test_images.shape == (500, 3, 32, 32)
     assert (np.bincount(data.train_labels) == 200).all() and (np.bincount(data.test_labels) == 50).all()
     assert data.train_images.dtype == np.uint8 and data.class_num == len(data.class_names) == 10
-    assert not data.train_images[:, :, :2].any() and data.train_images[:, :, 2:-2, 2:-2].any()       # padded
-    assert (data.train_images[:, 0] == data.train_images[:, 2]).all()
     folder = reader.default_folder('fashion_mnist_sample')
     assert sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)) < 1.5e6
     with open(os.path.join(folder, 'LICENSE')) as file:
@@ -75,10 +71,8 @@ def test_the_sample_and_the_normalisation_follow_from_fashion_mnist(tmp_path, mo
     mean = np.average(level, weights=count)
     np.testing.assert_allclose(full.mean, mean, atol=1e-4)
     np.testing.assert_allclose(full.std, np.average((level - mean) ** 2, weights=count) ** 0.5, atol=1e-4)
-    for half, count in ((slice(3, 5), 200), (slice(5, 7), 50)):
-        (images, labels), (sample_images, sample_labels) = full[half], sample[half]
-        for label in range(10):
-            assert np.array_equal(images[labels == label][:count], sample_images[sample_labels == label])
+    for label in range(10):
+        assert np.array_equal(full[3][full[4] == label][:200], sample[3][sample[4] == label])
     monkeypatch.setattr(sys, 'argv', ['make_sample.py', '--source', FASHION_MNIST])
     monkeypatch.setattr(reader, 'default_folder', lambda name: str(tmp_path / str(len(made))))
     for number in ('0', '1'):
@@ -222,10 +216,8 @@ def test_unpacked_idx_files(tmp_path, fashion_files):
         write(tmp_path, {name[:-3]: gzip.decompress(idx(fashion_files[name]))})
     images = fashion_files['t10k-images-idx3-ubyte.gz']
     assert np.array_equal(reader.load('fashion_mnist', str(tmp_path)).test_images[:, 2, 2:30, 2:30], images)
-    raw = gzip.decompress(idx(images))
-    for content in (raw[:-1], raw + b'x', raw[:10], b''):
-        with pytest.raises(UserError, match='t10k-images-idx3-ubyte is damaged'):
-            reader.load('fashion_mnist', write(tmp_path, {'t10k-images-idx3-ubyte': content}))
+    with pytest.raises(UserError, match='t10k-images-idx3-ubyte is damaged'):
+        reader.load('fashion_mnist', write(tmp_path, {'t10k-images-idx3-ubyte': gzip.decompress(idx(images))[:-1]}))
 
 
 @pytest.mark.parametrize('name, content, reason', [
@@ -236,27 +228,14 @@ def test_unpacked_idx_files(tmp_path, fashion_files):
     ('t10k-labels-idx1-ubyte.gz', idx(np.full(6, 10, 'uint8')), 'label 10, expected 0 to 9'),
     ('t10k-labels-idx1-ubyte.gz', gzip.compress(struct.pack('>2IB', 0x801, 1 << 31, 1)), r'1 bytes .*\(2147483648,\)'),
     ('t10k-labels-idx1-ubyte.gz', gzip.compress(struct.pack('>2IB', 0xd01, 1, 1)), 'no header of .* 1 dimensions'),
+    ('t10k-labels-idx1-ubyte.gz', gzip.compress(bytes([0, 0, 8, 1])), 'no header of .* 1 dimensions'),
     ('t10k-labels-idx1-ubyte.gz', b'no gzip', 'Not a gzipped file'),
+    ('t10k-labels-idx1-ubyte.gz', gzip.compress(b'labels')[:-1], 'ended before the end-of-stream marker'),
+    ('t10k-labels-idx1-ubyte.gz', gzip.compress(b'labels')[:-8] + bytes(8), 'CRC check failed'),
 ])
 def test_invalid_idx_files_are_refused_with_the_reason(tmp_path, fashion_files, name, content, reason):
     with pytest.raises(UserError, match=f'{name} is damaged .*{reason}'):
         reader.load('fashion_mnist', write(tmp_path, {name: content}))
-
-
-def test_damaged_idx_files_are_detected(tmp_path, fashion_files):
-    original, name = reader.load('fashion_mnist', str(tmp_path)), 'train-images-idx3-ubyte.gz'
-    content, rng = idx(fashion_files[name]), np.random.default_rng(2)
-    size, refused = len(content), 0
-    damaged = [content[:cut] for cut in rng.integers(0, size, 80)]
-    for place in [*rng.integers(0, size, 80), *range(size - 8, size)]:             # checksum and length at the end
-        damaged.append(content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1:])
-    for changed in damaged:
-        write(tmp_path, {name: changed})
-        try:
-            assert has_arrays(reader.load('fashion_mnist', str(tmp_path)), original[3:7])  # an unused field of gzip
-        except UserError:
-            refused += 1
-    assert refused > 160
 
 
 def test_the_unpacked_size_is_limited(tmp_path, monkeypatch, fashion_files):
@@ -277,17 +256,20 @@ def batches(count=50, batch_size=8, **options):
 
 @pytest.mark.parametrize('length', [1, 5, 16, 80])
 def test_augmentation_equals_a_loop_over_images(length):
-    """Pad, crop, flip, normalise and cut out, written out for single images, with the draws of the batch."""
+    """Pad, crop, flip, normalise and cut out, for single images with the draws of the batch; or only normalise."""
     data = batches(augment=True, cutout_length=length, batch_size=40, shuffle=False)
     before = data.images.copy()
-    images, _ = data.batch(2, 0)
+    images, labels = data.batch(2, 0)
+    assert labels.shape == (40, 1) and np.array_equal(labels, data.labels[:40])
+    plain = batches(batch_size=40, shuffle=False).batch(2, 0)[0]
     draws = reader.Augmentation.draw(np.random.default_rng([3, reader.AUGMENTATION, 2, 0]), 40, 32)
     for n in range(40):
         padded = np.zeros((3, 40, 40), 'uint8')
         padded[:, 4:36, 4:36] = data.images[n]
         crop = padded[:, draws.top[n]:draws.top[n] + 32, draws.left[n]:draws.left[n] + 32]
         crop = crop[:, :, ::-1] if draws.flip[n] else crop
-        expected = (crop / 255.0 - MEAN[:, None, None]) / STD[:, None, None]
+        unchanged, expected = ((x / 255.0 - MEAN[:, None, None]) / STD[:, None, None] for x in (data.images[n], crop))
+        np.testing.assert_allclose(plain[n], unchanged, atol=1e-5)
         for y, x in itertools.product(range(32), range(32)):
             if all(-(length // 2) <= d < length - length // 2 for d in (y - draws.y[n], x - draws.x[n])):
                 expected[:, y, x] = 0
@@ -301,14 +283,6 @@ def test_draws_are_uniform_and_independent():
         frequency = np.bincount(values.astype(int), minlength=count) / len(values) * count
         assert len(frequency) == count and np.abs(frequency - 1).max() < 0.1
     assert np.abs(np.corrcoef(np.array(draws)) - np.eye(5)).max() < 0.02
-
-
-def test_without_augmentation_images_are_only_normalised():
-    data = batches(shuffle=False)
-    images, labels = data.batch(0, 1)
-    expected = (data.images[8:16] / 255.0 - MEAN[:, None, None]) / STD[:, None, None]
-    np.testing.assert_allclose(images, expected, atol=1e-5)
-    assert images.dtype == np.float32 and labels.shape == (8, 1) and (labels == data.labels[8:16]).all()
 
 
 @pytest.mark.parametrize('drop_last, sizes', [(True, [8] * 6), (False, [8] * 6 + [2])])

@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import gc
 import gzip
+import importlib.util
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
@@ -29,10 +31,13 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from unittest import mock
 
-SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [os.path.dirname(SCRIPTS), SCRIPTS]
+SCRIPTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(SCRIPTS.parent), str(SCRIPTS)]
 
 import numpy as np
 from PIL import Image
@@ -40,6 +45,7 @@ from PIL import Image
 import convert_weights
 import genotypes
 import imagenet_reader
+import make_sample
 import reader
 import utils
 from engine import checkpoint, console
@@ -60,17 +66,13 @@ class Subject(NamedTuple):
     read: returns the content of the file `path`, or raises UserError or ValueError; content: the bytes to damage;
     checksum: whether another result is a failure; pack: returns the file for damaged `content`.
     """
-
     name: str
-    path: str
+    path: Path
     content: bytes
     read: Callable[[], Any]
     checksum: bool = False
     pack: Callable[[bytes], bytes] = bytes
 
-
-# ---------------------------------------------------------------------------------------------------
-# Damage
 
 NUMBERS = (b'0', b'-1', b'1', b'255', b'65536', b'2147483648', b'99999999999999999999', b'9' * 5000, b'1e999', b'NaN',
            b'null', b'[]', b'"x"', b'true')
@@ -78,80 +80,58 @@ NUMBERS = (b'0', b'-1', b'1', b'255', b'65536', b'2147483648', b'999999999999999
 
 def mutate(content: bytes, rng: np.random.Generator) -> bytes:
     """Returns `content` with damage of one of ten kinds, drawn from rng."""
-    changed = bytearray(content)
     kind, size = rng.integers(10), len(content)
+
+    def pick(choices):
+        return choices[rng.integers(len(choices))]
 
     def position() -> int:
         # Headers are at the start or the end and a small part of most files: two draws in three are near an end.
         near = int(rng.integers(min(size, 600)))
-        return (near, size - 1 - near, int(rng.integers(size)))[rng.integers(3)]
+        return pick((near, size - 1 - near, int(rng.integers(size))))
 
     if kind <= 2:                                                     # one bit, or several
+        changed = bytearray(content)
         for _ in range((1, 1, rng.integers(2, 9))[kind]):
             changed[position()] ^= 1 << rng.integers(8)
-    elif kind == 3:                                                   # the end is missing
-        del changed[position():]
-    elif kind == 4:                                                   # bytes inserted
-        start = position()
-        changed[start:start] = rng.bytes(rng.integers(1, 40))
-    elif kind == 5:                                                   # bytes removed
-        start = position()
-        del changed[start:start + rng.integers(1, 40)]
-    elif kind == 6:                                                   # a field of 1 to 8 bytes
-        start, length = position(), 1 << rng.integers(4)
-        fields = (b'\xff' * length, bytes(length), b'\x7f' + b'\xff' * (length - 1), b'\xff' * (length - 1) + b'\x7f',
-                  b'\x80' + bytes(length - 1), rng.bytes(length))
-        changed[start:start + length] = fields[rng.integers(len(fields))]
-    elif kind == 7:                                                   # bytes repeated elsewhere
-        start, length = position(), int(rng.integers(1, 200))
-        target = position()
-        changed[target:target + length * rng.integers(2)] = content[start:start + length]
-    elif kind == 8:                                                   # a byte with a meaning in text formats
-        changed[position()] = b' \n\r\0",:[]{}\x1c\x85\\/'[rng.integers(15)]
-    else:                                                             # a number in a text
-        spans = [match.span() for match in re.finditer(rb'-?[0-9.]+', content)]
-        first, last = spans[rng.integers(len(spans))] if spans else (position(),) * 2
-        changed[first:last] = NUMBERS[rng.integers(len(NUMBERS))]
-    return bytes(changed)
+        return bytes(changed)
+    start, source, length, width = position(), position(), int(rng.integers(1, 40)), 1 << rng.integers(4)
+    fields = (b'\xff' * width, bytes(width), b'\x7f' + b'\xff' * (width - 1), b'\xff' * (width - 1) + b'\x7f',
+              b'\x80' + bytes(width - 1), rng.bytes(width))
+    numbers = [match.span() for match in re.finditer(rb'-?[0-9.]+', content)] or [(start, start)]
+    first, end, new = (
+        (start, size, b''),                                           # the end is missing
+        (start, start, rng.bytes(length)),                            # bytes inserted
+        (start, start + length, b''),                                 # bytes removed
+        (start, start + width, pick(fields)),                         # a field of 1 to 8 bytes
+        (start, start + pick((0, length)), content[source:source + length]),      # bytes repeated elsewhere
+        (start, start + 1, bytes([pick(b' \n\r\0",:[]{}\x1c\x85\\/')])),       # a byte with a meaning in text formats
+        (*pick(numbers), pick(NUMBERS)))[kind - 3]                    # a number in a text
+    return content[:first] + new + content[end:]
 
-
-# ---------------------------------------------------------------------------------------------------
-# Examination of a reader
 
 def examine(subject: Subject, count: int, seed: int, report: Callable[[str], None] = print) -> Counter:
-    """Gives `count` damaged files to a reader; calls `report` with a line per failure.
-
-    Returns the numbers of 'errors', 'equal', 'different' and 'failures'.
-    """
-    _write(subject, subject.content)
+    """Gives `count` damaged files to a reader, calls `report` with a line per failure, returns {outcome: number}."""
+    subject.path.write_bytes(subject.pack(subject.content))
     expected, outcomes = comparable(subject.read()), []    # (outcome, reason of a failure) of every input so far
     while len(outcomes) < count:
-        sys.stdout.flush()
         with tempfile.TemporaryFile('w+') as file:
-            child = os.fork()
-            if not child:
-                try:
-                    _read_inputs(subject, expected, seed, len(outcomes), count, file)
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-            status = os.waitpid(child, 0)[1]
+            process = multiprocessing.get_context('fork').Process(
+                target=_read_inputs, args=(subject, expected, seed, len(outcomes), count, file))
+            process.start()
+            process.join()
             file.seek(0)
             outcomes += map(json.loads, file)
-        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        if status:
+        if process.exitcode:
+            number = -process.exitcode                     # of the signal that ended the process
             outcomes.append(('failures', f"it took more than {MAX_SECONDS} s" if number in TIMERS.values() else
-                             f"it crashed with {signal.Signals(number).name}" if number else "it ended the process"))
+                             f"it crashed with {signal.Signals(number).name}" if number > 0 else
+                             "it ended the process"))
     for number, (_, reason) in enumerate(outcomes):
         if reason:
             report(f"{subject.name}, input {number}: {reason[:300]!r}")
-    _write(subject, subject.content)                       # another subject may read the same file
+    subject.path.write_bytes(subject.pack(subject.content))        # another subject may read the same file
     return Counter(outcome for outcome, _ in outcomes)
-
-
-def _write(subject: Subject, content: bytes) -> None:
-    with open(subject.path, 'wb') as file:
-        file.write(subject.pack(content))
 
 
 def _read_inputs(subject: Subject, expected: Any, seed: int, first: int, count: int, file) -> None:
@@ -159,21 +139,16 @@ def _read_inputs(subject: Subject, expected: Any, seed: int, first: int, count: 
     gc.freeze()        # a child has no copy of the threads of Paddle's objects: their destruction would crash it
     for stream in (1, 2):                                  # libraries in C write to them
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    with open('/proc/self/statm') as statm:
-        size = int(statm.read().split()[0]) * resource.getpagesize()
+    size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
-    for number in TIMERS.values():
-        signal.signal(number, signal.SIG_DFL)
     for number in range(first, min(first + INPUTS_PER_PROCESS, count)):
         rng = np.random.default_rng([seed, zlib.crc32(subject.name.encode()), number])
-        _write(subject, mutate(subject.content, rng))
+        subject.path.write_bytes(subject.pack(mutate(subject.content, rng)))
         memory = utils.peak_memory()
         # Seconds of computation: on a busy machine a process that waits for the processor does not hang.
         for timer, seconds in zip(TIMERS, (MAX_SECONDS, 60 * MAX_SECONDS)):
             signal.setitimer(timer, seconds)
         outcome, reason = _outcome(subject, expected)
-        for timer in TIMERS:
-            signal.setitimer(timer, 0)
         growth = 1000 * (utils.peak_memory() - memory)
         if growth > MAX_MEMORY:
             outcome, reason = 'failures', f"it took {growth:.0f} MB"
@@ -181,13 +156,9 @@ def _read_inputs(subject: Subject, expected: Any, seed: int, first: int, count: 
         file.flush()
 
 
-def comparable(value: Any) -> Any:
-    """Returns a value in which every array is replaced by something that == compares."""
-    if isinstance(value, dict):
-        return {key: comparable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [comparable(item) for item in value]
-    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
+def comparable(value: Any) -> str:
+    """Returns a value as JSON, with the dtype, the shape and the bytes of every array."""
+    return json.dumps(value, default=lambda array: (array.dtype.str, array.shape, array.tobytes().hex()))
 
 
 def _outcome(subject: Subject, expected: Any) -> tuple[str, str | None]:
@@ -206,34 +177,27 @@ def _outcome(subject: Subject, expected: Any) -> tuple[str, str | None]:
 # ---------------------------------------------------------------------------------------------------
 # The readers
 
-def inside_zip(original: io.BytesIO) -> tuple[bytes, Callable[[bytes], bytes]]:
-    """Returns (content, pack) of a zip file: its members in a row, and the function that zips them again."""
-    with zipfile.ZipFile(original) as file:
-        members = [(member.filename, file.read(member)) for member in file.infolist()]
-
-    def pack(content: bytes) -> bytes:
-        packed, start = io.BytesIO(), 0
-        with zipfile.ZipFile(packed, 'w') as file:
-            for number, (name, member) in enumerate(members):
-                # Inserted or removed bytes shift all members that follow; these are kept intact.
-                rest = b''.join(following for _, following in members[number + 1:])
-                end = start + len(member) if rest else len(content)
-                if content[start:end] != member and content.endswith(rest):
-                    end = len(content) - len(rest)
-                file.writestr(name, content[start:end])
-                start = end
-        return packed.getvalue()
-
-    return b''.join(member for _, member in members), pack
+def zip_again(members: list[tuple[str, bytes]], damaged: bytes) -> bytes:
+    """Returns a zip file of `members` (name, content), where `damaged` replaces the contents in a row."""
+    # Inserted or removed bytes change the length of the first damaged member: those that follow are kept intact.
+    packed, start, growth = io.BytesIO(), 0, len(damaged) - sum(len(content) for _, content in members)
+    with zipfile.ZipFile(packed, 'w') as file:
+        for name, content in members:
+            end = start + len(content)
+            if damaged[start:end] != content:
+                end, growth = max(start, end + growth), 0
+            file.writestr(name, damaged[start:end])
+            start = end
+    return packed.getvalue()
 
 
-def npz_subjects(folder: str) -> Iterator[Subject]:
+def npz_subjects(folder: Path) -> Iterator[Subject]:
     """Yields checkpoints, weights of a discrete network and of a supernet."""
-    supernet, path = Supernet(2, 3, 3, build_programs=False), os.path.join(folder, 'x.npz')
+    supernet, path = Supernet(2, 3, 3, build_programs=False), folder / 'x.npz'
     state = {name: supernet.store.get(name) for name in ('theta', 'alphas')}
     metadata = {'version': utils.VERSION, 'settings': {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0},
                 'epoch': 1, 'step': 2, 'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
-    network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False)
+    weights = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False).weights()
     of_weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
                   'mean': [0.5] * 3, 'std': [0.25] * 3}
     velocity = np.random.default_rng(0).normal(size=3000)
@@ -258,24 +222,24 @@ def npz_subjects(folder: str) -> Iterator[Subject]:
 
     for name, read, *content in (
             ('checkpoint', read_checkpoint, metadata, dict(state, velocity=velocity, adam_steps=np.array(3))),
-            ('weights', read_weights, of_weights, network.weights()),
+            ('weights', read_weights, of_weights, weights),
             ('checkpoint of a supernet', read_supernet, metadata, state)):
         file = io.BytesIO()
         checkpoint.write_arrays(file, *content)
         yield Subject(f'{name} (.npz)', path, file.getvalue(), read, checksum=True)
-        content, pack = inside_zip(file)
-        yield Subject(f'{name} (.npz), inside', path, content, read, pack=pack)
+        with zipfile.ZipFile(file) as archive:
+            members = [(member, archive.read(member)) for member in archive.namelist()]
+        yield Subject(f'{name} (.npz), inside', path, b''.join(content for _, content in members), read,
+                      pack=partial(zip_again, members))
 
 
-def torch_subjects(folder: str) -> Iterator[Subject]:
+def torch_subjects(folder: Path) -> Iterator[Subject]:
     """Yields state dicts of PyTorch; none without torch."""
-    try:
-        torch = convert_weights.import_torch()
-    except UserError:
+    if not importlib.util.find_spec('torch'):
         return
-    path = os.path.join(folder, 'x.pt')
-    network = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, build_programs=False)
-    weights = {name: torch.from_numpy(array) for name, array in network.weights().items()}
+    import torch
+    path, network = folder / 'x.pt', NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, build_programs=False)
+    tensors = {name: torch.from_numpy(array) for name, array in network.weights().items()}
 
     def read():
         found = convert_weights.from_state_dict(convert_weights.read_state_dict(path))
@@ -283,13 +247,13 @@ def torch_subjects(folder: str) -> Iterator[Subject]:
 
     for name, new in (('state dict of PyTorch (.pt)', True), ('state dict of PyTorch, old format', False)):
         file = io.BytesIO()
-        torch.save(weights, file, _use_new_zipfile_serialization=new)
+        torch.save(tensors, file, _use_new_zipfile_serialization=new)
         yield Subject(name, path, file.getvalue(), read, checksum=new)
 
 
-def text_subjects(folder: str) -> Iterator[Subject]:
+def text_subjects(folder: Path) -> Iterator[Subject]:
     """Yields genotype.json, history.jsonl and a list of ImageNet."""
-    path = os.path.join(folder, 'genotype.json')
+    path = folder / 'genotype.json'
 
     def read_genotype():
         genotype = genotypes.load(path)
@@ -298,11 +262,10 @@ def text_subjects(folder: str) -> Iterator[Subject]:
 
     yield Subject('genotype.json', path, genotypes.dumps(genotypes.DARTS_V2).encode(), read_genotype)
 
-    run = checkpoint.Run(argparse.Namespace(model_save_dir=os.path.join(folder, 'run'), resume=False, visualdl=None))
+    run = checkpoint.Run(argparse.Namespace(model_save_dir=str(folder / 'run'), resume=False, visualdl=None))
     console.log.setLevel(logging.ERROR)                        # hides the warnings about damage
     run.save({'theta': np.arange(3.0)}, 2, 1, checkpoint.Meter())
-    task = argparse.Namespace(store=argparse.Namespace(state=lambda: {'theta': np.zeros(3)},
-                                                       load_state=lambda state: None))
+    task = mock.Mock(**{'store.state.return_value': {'theta': np.zeros(3)}})
 
     def resume():
         assert run.restore(task)[:2] == (2, 1)
@@ -311,46 +274,40 @@ def text_subjects(folder: str) -> Iterator[Subject]:
         return lines
 
     lines = [json.dumps({'epoch': epoch, 'lr': 0.025, 'train_loss': 2.25}) + '\n' for epoch in (1, 2, 3)]
-    yield Subject('history.jsonl', run.path('history.jsonl'), ''.join(lines).encode(), resume)
+    yield Subject('history.jsonl', Path(run.path('history.jsonl')), ''.join(lines).encode(), resume)
 
     content = ''.join(f'train/n{k % 3:08d}/n{k % 3:08d}_{k}.JPEG {k % 3}\n' for k in range(30)).encode()
-    utils.write_file(os.path.join(folder, 'val_list.txt'), content)
+    (folder / 'val_list.txt').write_bytes(content)
 
     def read_lists():
         data = imagenet_reader.load(folder, 3)
         assert len(data.train.paths) == len(data.train.labels) and set(data.train.labels) <= {0, 1, 2}
-        assert all(path.startswith((folder, '/')) for path in data.train.paths)
+        assert all(path.startswith((str(folder), '/')) for path in data.train.paths)
         return data.train.paths, data.train.labels, data.class_names
 
-    yield Subject('list of ImageNet', os.path.join(folder, 'train_list.txt'), content, read_lists)
+    yield Subject('list of ImageNet', folder / 'train_list.txt', content, read_lists)
 
 
-def idx_subjects(folder: str) -> Iterator[Subject]:
+def idx_subjects(folder: Path) -> Iterator[Subject]:
     """Yields the files of Fashion-MNIST, compressed and uncompressed."""
-    images, labels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), 'uint8'), np.array([1, 5, 9], 'uint8')
-
-    def read(data_dir: str):
+    def read(data_dir: Path):
         data = reader.load('fashion_mnist', data_dir)
         for x, y in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
             assert x.dtype == np.uint8 and x.shape == (len(y), 3, 32, 32)
             assert y.dtype == np.int64 and set(y) <= set(range(10))
-        assert len(data.class_names) == 10 and all(isinstance(name, str) for name in data.class_names)
         return data[2:7]
 
-    for suffix, pack in (('.gz', lambda content: gzip.compress(content, mtime=0)), ('', bytes)):
-        data_dir, contents = os.path.join(folder, f'idx{suffix}'), {}
-        os.makedirs(data_dir)
-        for name, array in (('images-idx3-ubyte', images), ('labels-idx1-ubyte', labels)):
-            shape = np.array(array.shape, '>u4').tobytes()
-            contents[name + suffix] = pack(bytes([0, 0, 8, array.ndim]) + shape + array.tobytes())
-            for half in ('train', 't10k'):
-                utils.write_file(os.path.join(data_dir, f'{half}-{name}{suffix}'), contents[name + suffix])
-        for name, content in contents.items():
-            yield Subject(f'Fashion-MNIST: train-{name}', os.path.join(data_dir, f'train-{name}'), content,
-                          lambda data_dir=data_dir: read(data_dir), checksum=bool(suffix))
+    for suffix in ('.gz', ''):
+        data_dir = folder / f'idx{suffix}'
+        make_sample.make(reader.default_folder('fashion_mnist_sample'), data_dir, train=1, test=1)
+        for path in [] if suffix else list(data_dir.iterdir()):
+            path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
+        for path in sorted(data_dir.glob('train-*')):
+            yield Subject(f'Fashion-MNIST: {path.name}', path, path.read_bytes(), partial(read, data_dir), bool(suffix))
 
 
-def image_subjects(folder: str) -> Iterator[Subject]:
+def image_subjects(folder: Path) -> Iterator[Subject]:
     """Yields image files of all formats that the installed Pillow can write."""
     small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), 'uint8')
     image = Image.fromarray(small).resize((80, 60), Image.Resampling.BICUBIC)
@@ -359,41 +316,37 @@ def image_subjects(folder: str) -> Iterator[Subject]:
     formats = {'JPEG': dict(quality=80, exif=exif.tobytes()), 'JPEG progressive': dict(progressive=True),
                'PNG': {}, 'GIF': {}, 'BMP': {}, 'WEBP': {}, 'TIFF': {}, 'TIFF packed': dict(compression='tiff_lzw')}
     for name, settings in formats.items():
-        content, path = io.BytesIO(), os.path.join(folder, f'{name}.JPEG')
+        content, path = io.BytesIO(), folder / f'{name}.JPEG'
         try:
             (image.convert('P') if name == 'GIF' else image).save(content, name.split()[0], **settings)
         except (KeyError, OSError):
             continue
 
-        def read(path=path):
-            result = []
+        def read(path=str(path)):
+            results = []
             for augment in (False, True):
-                try:
-                    images, _, bad = imagenet_reader.make_batch([path], [0, 0], augment)
-                except UserError:              # the only image is unreadable; a run would replace it by another image
-                    continue
+                images, _, bad = imagenet_reader.make_batch([path], [0, 0], augment)
                 assert images.shape == (len(images), 3, 224, 224) and images.dtype == np.uint8
                 if bad:
                     raise ValueError(bad[path])
-                result.append(images)
-            return result
+                results.append(images)
+            return results
 
         yield Subject(f'image: {name}', path, content.getvalue(), read)
 
 
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add('--count', type=utils.number(int, 1), default=2000, help='inputs per reader (%(default)s)')
-    add('--seed', type=utils.number(int, 0), default=0, help='seed of the damage (%(default)s)')
-    add('--only', default='', metavar='TEXT', help='part of the names of the readers to examine (all)')
+    parser.add_argument('--count', type=utils.number(int, 1), default=2000, help='inputs per reader (%(default)s)')
+    parser.add_argument('--seed', type=utils.number(int, 0), default=0, help='seed of the damage (%(default)s)')
+    parser.add_argument('--only', default='', metavar='TEXT', help='part of the names of the readers to examine (all)')
     args = parser.parse_args()
     began, sums = time.time(), Counter()
     row = '{:<42} {:>9} {:>9} {:>9} {:>9} {:>9}'.format
     print(row('reader', 'inputs', *OUTCOMES))
     with tempfile.TemporaryDirectory() as folder:
         for subjects in (npz_subjects, torch_subjects, text_subjects, idx_subjects, image_subjects):
-            for subject in subjects(folder):
+            for subject in subjects(Path(folder)):
                 if args.only in subject.name:
                     counts = examine(subject, args.count, args.seed)
                     sums += counts

@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -33,7 +35,6 @@ import utils
 from engine import checkpoint
 from utils import UserError
 
-SCRIPTS = ('train_search.py', 'train.py')
 EPOCHS, STEPS = 3, 5                                           # of a run; of an epoch
 BATCH_SIZE = {'train_search.py': 4, 'train.py': 8}             # a search trains the weights on half of the images
 IMAGES = BATCH_SIZE['train.py'] * STEPS // 10                  # per class
@@ -41,7 +42,6 @@ IMAGES = BATCH_SIZE['train.py'] * STEPS // 10                  # per class
 
 class Moment(NamedTuple):
     """When to kill a run: `delay` seconds after a checkpoint of `target` steps, or after the start of the process."""
-
     kind: str          # 'start', 'anywhere', 'checkpoint' (while a checkpoint is written) or 'file' (another file)
     target: int
     delay: float
@@ -50,12 +50,11 @@ class Moment(NamedTuple):
 def draw_moments(number: int, seed: int, step_seconds: float, start_seconds: float) -> list[Moment]:
     """Returns random moments of all kinds, the kinds in a fixed order."""
     rng = np.random.default_rng(seed)
-    moments = []
-    for k in range(number):
-        kind = {1: 'checkpoint', 3: 'file', 5: 'checkpoint', 7: 'start', 9: 'checkpoint'}.get(k % 10, 'anywhere')
-        moments.append(Moment(kind, int(rng.integers(EPOCHS * STEPS)),
-                              rng.uniform(0, start_seconds if kind == 'start' else step_seconds)))
-    return moments
+    special = ('checkpoint', 'file', 'checkpoint', 'start', 'checkpoint')
+    kinds = [special[k // 2 % 5] if k % 2 else 'anywhere' for k in range(number)]
+    longest = {'start': start_seconds, 'anywhere': step_seconds}
+    return [Moment(kind, int(rng.integers(EPOCHS * STEPS)), rng.uniform(0, longest.get(kind, 0)))
+            for kind in kinds]
 
 
 def command(script: str, data: str, folder: str, *flags: str) -> list[str]:
@@ -78,19 +77,12 @@ def finish(process: subprocess.Popen) -> None:
                         f"{error.splitlines()[-1] if error else ''}")
 
 
-def file_names(folder: str) -> list[str]:
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-
-
 def progress(folder: str) -> tuple[int | None, list[str]]:
     """Returns the number of steps in the last checkpoint (None without one), and the files that are being written."""
-    names = file_names(folder)
-    checkpoints = [name for name in names if name.startswith('checkpoint-') and name.endswith('.npz')]
-    steps = None
-    if checkpoints:
-        epoch, step = map(int, checkpoints[-1][:-len('.npz')].split('-')[1:])
-        steps = epoch * STEPS + step
-    return steps, [name for name in names if name.endswith('.part')]
+    names = sorted(path.name for path in Path(folder).glob('*'))
+    checkpoints = re.findall(r'^checkpoint-(\d+)-(\d+)\.npz$', '\n'.join(names), re.M)
+    steps = [int(epoch) * STEPS + int(step) for epoch, step in checkpoints]
+    return steps[-1] if steps else None, [name for name in names if name.endswith('.part')]
 
 
 def kill(process: subprocess.Popen, folder: str, moment: Moment) -> bool:
@@ -102,29 +94,24 @@ def kill(process: subprocess.Popen, folder: str, moment: Moment) -> bool:
                     name.startswith('checkpoint-') == (moment.kind == 'checkpoint') for name in writing)):
                 break
             time.sleep(0.002 if moment.kind == 'anywhere' else 0)
-    if moment.kind in ('start', 'anywhere'):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moment.delay)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(moment.delay)
     process.kill()
     return process.wait() < 0
 
 
 def results_of(folder: str) -> dict:
     """Returns {file name: content} of a finished run, without the measured seconds."""
-    names = file_names(folder)
-    results = {'names of the files': names}
-    for name in names:
-        path = os.path.join(folder, name)
-        if name.endswith('.npz'):
+    results = {'names of the files': sorted(os.listdir(folder))}
+    for path in Path(folder).iterdir():
+        if path.suffix == '.npz':
             metadata, arrays = checkpoint.read_arrays(path)
-            if name.startswith('checkpoint-'):
-                metadata['meter'].pop('seconds')
-            results[name] = metadata, {key: (array.dtype.str, array.shape, array.tobytes())
-                                       for key, array in arrays.items()}
-        elif name in ('genotype.json', 'history.jsonl'):
-            with open(path, encoding='utf-8') as file:
-                lines = [json.loads(line) for line in file]
-            results[name] = [{key: value for key, value in line.items() if key != 'seconds'} for line in lines]
+            metadata.get('meter', {}).pop('seconds', None)
+            results[path.name] = metadata, {key: (array.dtype.str, array.shape, array.tobytes())
+                                            for key, array in arrays.items()}
+        elif path.name in ('genotype.json', 'history.jsonl'):
+            lines = map(json.loads, path.read_text(encoding='utf-8').splitlines())
+            results[path.name] = [{key: value for key, value in line.items() if key != 'seconds'} for line in lines]
     return results
 
 
@@ -134,27 +121,19 @@ def differences(results: dict, other: dict) -> list[str]:
 
 
 def kill_and_resume(script: str, data: str, folder: str, moment: Moment, expected: dict) -> tuple[str, bool, list[str]]:
-    """Kills and resumes one run.
-
-    Returns a description of the moment, whether a file was being written at it, and what differs from `expected`.
-    """
-    for attempt in range(5):                   # on a busy machine a run may end before its moment
-        if attempt:
-            moment = moment._replace(delay=moment.delay / 4, target=moment.target // 2)
+    """Kills and resumes a run; returns a description of the moment, whether a file was written, what differs."""
+    for divisor in (1, 2, 4, 8, 16):           # on a busy machine a run may end before its moment
         shutil.rmtree(folder, ignore_errors=True)
         process = start(script, data, folder)
-        if kill(process, folder, moment):
+        if kill(process, folder, moment._replace(target=moment.target // divisor, delay=moment.delay / divisor ** 2)):
             break
         finish(process)
     else:
         raise UserError(f"{script} ended before it could be killed, five times")
     steps, writing = progress(folder)
-    if steps is None:
-        description = 'before the first checkpoint'
-    else:
-        description = f'epoch {steps // STEPS + 1}, {steps % STEPS} of {STEPS} steps saved'
-    if writing:
-        description += f', writing {writing[0][:-len(".part")]}'
+    description = ('before the first checkpoint' if steps is None else
+                   f'epoch {steps // STEPS + 1}, {steps % STEPS} of {STEPS} steps saved')
+    description += f', writing {writing[0][:-len(".part")]}' if writing else ''
     finish(start(script, data, folder, *([] if steps is None else ['--resume'])))
     differing = differences(results_of(folder), expected)
     shutil.rmtree(folder)
@@ -163,11 +142,10 @@ def kill_and_resume(script: str, data: str, folder: str, moment: Moment, expecte
 
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add('--number', type=utils.number(int, 1), default=20, help='kills of each script (%(default)s)')
-    add('--seed', type=utils.number(int, 0), default=0, help='seed of the moments (%(default)s)')
-    add('--scripts', nargs='+', choices=SCRIPTS, default=SCRIPTS, help='scripts to kill (both)')
-    add('--jobs', type=utils.number(int, 1), default=1, help='number of runs at a time (%(default)s)')
+    parser.add_argument('--number', type=utils.number(int, 1), default=20, help='kills of each script (%(default)s)')
+    parser.add_argument('--seed', type=utils.number(int, 0), default=0, help='seed of the moments (%(default)s)')
+    parser.add_argument('--scripts', nargs='+', choices=BATCH_SIZE, default=BATCH_SIZE, help='scripts to kill (both)')
+    parser.add_argument('--jobs', type=utils.number(int, 1), default=1, help='number of runs at a time (%(default)s)')
     args = parser.parse_args()
     began, kills, different, while_writing = time.time(), 0, 0, 0
     with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(args.jobs) as pool:
