@@ -36,9 +36,7 @@ def main():
             result = train_step(batch, epoch, step)
             states[f'{epoch}/{step}/sent'] = np.array(sent)
             states[f'{epoch}/{step}/result'] = np.array(result, 'float64')        # of the shard of this rank
-            for name in VECTORS:
-                if store.scope.find_var(name):
-                    states[f'{epoch}/{step}/{name}'] = store.get(name)
+            states.update({f'{epoch}/{step}/{name}': store.get(name) for name in VECTORS if store.scope.find_var(name)})
             return result
         task.train_step = recording_step
         run_epochs(task, run, args)
