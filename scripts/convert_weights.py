@@ -22,7 +22,6 @@ import numpy as np
 import genotypes
 import utils
 from engine import checkpoint
-from genotypes import Genotype
 from model import network_of
 from model_search import Supernet
 from utils import UserError
@@ -58,7 +57,7 @@ def to_state_dict(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def check_discrete(genotype: Genotype, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def check_discrete(genotype: genotypes.Genotype, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the weights of a discrete network in the network's order; raises UserError when they do not fit."""
     return network_of(genotype, weights, build_programs=False).weights()
 

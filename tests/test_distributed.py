@@ -189,28 +189,23 @@ def test_an_evaluation_counts_every_image_once(recorded, commands, script, image
         assert run_two_well(*command, '--batch_size', '22').splitlines()[-1] == line
 
 
-def wait_for(text, logs):
-    """Waits until rank 0 has printed a text; launch itself prints it a second or two later."""
-    path, deadline = logs / 'workerlog.0', time.time() + 120
-    while not path.exists() or text not in path.read_text():
-        assert time.time() < deadline, path.read_text()
+def start_and_wait(logs, *command):
+    """Starts two ranks with launch, -> Popen when rank 0 has printed step 2; launch itself prints a bit later."""
+    job, path, deadline = launch(logs, *command), logs / 'workerlog.0', time.time() + 120
+    while not path.exists() or 'epoch 1 step 2/' not in path.read_text():
+        assert time.time() < deadline
         time.sleep(0.05)
-
-
-def second_rank(launcher):
-    """Returns the process id of rank 1, which launch has started."""
-    children = (pid for task in Path(f'/proc/{launcher}/task').glob('*/children') for pid in task.read_text().split())
-    return next(int(pid) for pid in children
-                if b'PADDLE_TRAINER_ID=1' in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'))
+    return job
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_one_process_resumes_it(tmp_path, recorded, commands):
     folder, uninterrupted = tmp_path / 'run', recorded('train_search.py')[0]
     command = [*commands['train_search.py'], '--model_save_dir', folder, '--report_freq', '1']
-    job = launch(tmp_path / 'log', *command, '--save_freq', '1')
-    wait_for('epoch 1 step 2/', tmp_path / 'log')
-    other = second_rank(job.pid)
+    job = start_and_wait(tmp_path / 'log', *command, '--save_freq', '1')
+    children = (pid for task in Path(f'/proc/{job.pid}/task').glob('*/children') for pid in task.read_text().split())
+    other = next(int(pid) for pid in children
+                 if b'PADDLE_TRAINER_ID=1' in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'))
     os.kill(other, signal.SIGSTOP)                   # pauses both ranks, for less than gloo's timeout
     assert_one_line(run(*command, '--resume'), 'another run is active', str(folder))
     os.kill(other, signal.SIGKILL)
@@ -233,8 +228,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_resumes_it(tmp_path, recorde
 def test_sigterm_to_launch_stops_all_ranks_and_the_resumed_run_equals_uninterrupted(tmp_path, recorded, commands):
     folder, uninterrupted = tmp_path / 'run', recorded('train.py')[0]
     command = [*commands['train.py'], '--model_save_dir', folder]
-    job = launch(tmp_path / 'log', *command, '--report_freq', '1')
-    wait_for('epoch 1 step 2/', tmp_path / 'log')
+    job = start_and_wait(tmp_path / 'log', *command, '--report_freq', '1')
     job.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
     logs = [(tmp_path / 'log' / f'workerlog.{rank}').read_text() for rank in range(2)]
@@ -322,8 +316,7 @@ def test_more_than_one_per_cent_of_the_images_of_a_shard_stops_the_run(tmp_path,
     pictures.make_imagenet(tmp_path, train=3, valid=1)
     paths = imagenet_reader.load(str(tmp_path), 3).train.paths
     samples = imagenet_reader.Samples((paths * 50)[:400], np.zeros(400, 'int64'))
-    for number in (0, 1):
-        samples.paths[number] = str(tmp_path / f'{number}.JPEG')
+    samples.paths[:2] = str(tmp_path / '0.JPEG'), str(tmp_path / '1.JPEG')
     batches = imagenet_reader.ImageBatches(samples, 4, imagenet_reader.Workers(0), seed=0, shuffle=False, augment=True,
                                            shard=(0, 4))
     batches.seen[:seen * 4] = True                                  # 80 or 240 of 400; an epoch of the shard has 100

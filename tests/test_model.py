@@ -142,9 +142,6 @@ def test_schedules_by_hand():
     assert [Training.drop_path_prob(task, epoch) for epoch in (0, 150, 300, 600)] == pytest.approx([0, 0.05, 0.1, 0.2])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sizes that cannot be built, weights with and without an auxiliary head
-
 @pytest.mark.parametrize('kind, channels, layers, settings, reason', [
     (NetworkCIFAR, 5, 3, {}, 'init_channels is 5, but has to be even and positive'),
     (NetworkCIFAR, 0, 3, {}, 'init_channels is 0, but has to be even and positive'),
@@ -152,7 +149,6 @@ def test_schedules_by_hand():
     (NetworkImageNet, 2, 3, dict(image_size=48), '48 x 48 cannot be halved .* multiple of 32'),
     (NetworkCIFAR, 2, 1, dict(auxiliary=0.4), 'layers 1 and images of 32 x 32 the auxiliary head gets 16 x 16'),
     (NetworkCIFAR, 2, 3, dict(auxiliary=0.4, image_size=16), 'the auxiliary head gets 4 x 4'),
-    (NetworkCIFAR, 2, 3, dict(auxiliary=0.4, image_size=64), 'the auxiliary head gets 16 x 16'),
     (NetworkImageNet, 2, 3, dict(auxiliary=0.4, image_size=32), 'the auxiliary head gets 1 x 1')])
 def test_sizes_that_cannot_be_built(kind, channels, layers, settings, reason):
     with pytest.raises(UserError, match=reason):

@@ -64,8 +64,7 @@ def operation(name, channels, stride, affine):
     if name == 'skip_connect':
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
     if name == 'conv_7x1_1x7':
-        return nn.Sequential(nn.ReLU(),
-                             nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
+        return nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
                              nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
                              nn.BatchNorm2d(channels, affine=affine))
     kernel = int(name[-1])
@@ -229,10 +228,7 @@ class Architect:
 
 
 def search_step(network, architect, optimizer, train, valid, grad_clip=5.0):
-    """Updates alpha, then the weights; returns loss and logits of the training batch with the new alpha.
-
-    train, valid: (images [N, 3, H, W], labels [N]).
-    """
+    """Updates alpha by Architect.step, then the weights; returns loss and logits of `train` with the new alpha."""
     architect.step(train, valid)
     images, labels = train
     logits = network(images)
