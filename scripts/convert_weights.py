@@ -22,7 +22,6 @@ import numpy as np
 import genotypes
 import utils
 from engine import checkpoint
-from genotypes import Genotype
 from model import network_of
 from model_search import Supernet
 from utils import UserError
@@ -39,7 +38,7 @@ def from_state_dict(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     weights = {}
     for prefixed, array in state_dict.items():
-        name = prefixed[len(PREFIX):] if prefixed.startswith(PREFIX) else prefixed
+        name = prefixed.removeprefix(PREFIX)
         if name in weights:
             raise UserError(f"{name!r} occurs twice, with the prefix {PREFIX!r} and without")
         if not name.endswith(COUNTER):
@@ -54,11 +53,11 @@ def to_state_dict(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in weights.items():
         state_dict[name] = array
         if name.endswith('.running_var'):
-            state_dict[name[:-len('.running_var')] + COUNTER] = np.array(0, 'int64')
+            state_dict[name.removesuffix('.running_var') + COUNTER] = np.array(0, 'int64')
     return state_dict
 
 
-def check_discrete(genotype: Genotype, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def check_discrete(genotype: genotypes.Genotype, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the weights of a discrete network in the network's order; raises UserError when they do not fit."""
     return network_of(genotype, weights, build_programs=False).weights()
 
@@ -131,7 +130,8 @@ def read_state_dict(path: str) -> dict[str, np.ndarray]:
     if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(f"{path} holds a {type(state_dict).__name__}, expected a state dict with weights")
     for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not _is_plain(torch, value):
+        if (not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided
+                or value.device.type != 'cpu' or value.is_nested or value.is_quantized or value.is_complex()):
             raise UserError(f"{path}: the entry {name!r} is a {type(value).__name__} {getattr(value, 'dtype', '')}, "
                             "expected a dense tensor of real numbers")
     # A tensor with stride 0 is larger than its data in the file, by any factor.
@@ -153,11 +153,6 @@ def _repack(path: str) -> io.BytesIO:
             copy.writestr(member.filename, file.read(member))
     packed.seek(0)
     return packed
-
-
-def _is_plain(torch, tensor) -> bool:
-    return (tensor.layout is torch.strided and tensor.device.type == 'cpu'
-            and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex()))
 
 
 def write_state_dict(path: str, state_dict: dict[str, np.ndarray]) -> None:

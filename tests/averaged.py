@@ -41,14 +41,13 @@ def batches(shard):
 def main():
     distributed.connect(paddle.CPUPlace())
     results, supernet = {}, make_supernet()
-    alphas, theta = supernet.store.get('alphas'), supernet.store.get('theta')
+    alphas = supernet.store.get('alphas')
     for order in (2, 1):
         supernet.store.set('alphas', alphas)
         optimizer = MomentumSGD(supernet.store, MOMENTUM, WEIGHT_DECAY, 5.0)
         architect = Architect(supernet, optimizer, unrolled=order == 2)
         supernet.store.set('velocity', velocity(supernet))
         architect.step(*batches(distributed.rank), lr=LR)
-        assert np.array_equal(supernet.store.get('theta'), theta)
         results[f'{order}'] = np.stack(list(architect.alpha_gradients().values()))
         results[f'alphas {order}'] = supernet.store.get('alphas')
     np.savez(f'{sys.argv[1]}.{distributed.rank}.npz', **results)

@@ -34,11 +34,9 @@ def main():
         def recording_step(batch, epoch, step):
             sent.clear()
             result = train_step(batch, epoch, step)
-            states[f'{epoch}/{step}/sent'] = np.array(sent)
-            states[f'{epoch}/{step}/result'] = np.array(result, 'float64')        # of the shard of this rank
-            for name in VECTORS:
-                if store.scope.find_var(name):
-                    states[f'{epoch}/{step}/{name}'] = store.get(name)
+            vectors = {name: store.get(name) for name in VECTORS if store.scope.find_var(name)}
+            for name, array in dict(vectors, sent=sent, result=result).items():       # result: of this rank's shard
+                states[f'{epoch}/{step}/{name}'] = np.array(array)
             return result
         task.train_step = recording_step
         run_epochs(task, run, args)

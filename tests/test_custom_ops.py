@@ -20,7 +20,6 @@ from genotypes import GENOTYPES, PRIMITIVES, Genotype
 from model import Cell, NetworkCIFAR
 from model_search import Supernet
 from operations import BN_EPSILON, batch_norm, max_pool
-from runs import ROOT
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -116,12 +115,6 @@ def test_a_cell_of_one_operation_equals_that_of_paddle(name, reduction):
                 masked=number % 3 != 1)
 
 
-@pytest.mark.parametrize('arch', ['NASNet', 'DARTS_V1', 'DARTS_V2', 'DARTS_PADDLE'])
-@pytest.mark.parametrize('reduction', [False, True])
-def test_cells_of_published_genotypes_equal_those_of_paddle(arch, reduction):
-    compare(GENOTYPES[arch], 8, 8, 6, reduction, not reduction)
-
-
 @pytest.mark.parametrize('names, states, concat', [
     (('sep_conv_3x3', 'sep_conv_3x3', 'dil_conv_5x5', 'dil_conv_5x5'), (0, 0, 2, 2), (3, 2)),   # one state twice
     (('skip_connect', 'skip_connect', 'skip_connect', 'max_pool_3x3'), (0, 1, 0, 2), (2, 3)),   # one droppable edge
@@ -210,17 +203,17 @@ def test_of_equal_maxima_the_first_gets_the_gradient(reduction):
             variable.stop_gradient = False
         return custom_ops.mixed_cell(x, *inputs, reduction, True, BN_EPSILON)
 
-    results = []
-    for function in (by_compiled_operator, by_paddle):
+    def results_of(function):
         store = VariableStore(paddle.CPUPlace(), 'float64')
 
-        def build(function=function, store=store):
+        def build():
             x, direction = (store.input(name, list(array.shape)) for name, array in values.items())
             x.stop_gradient = False
             y = function(x)
             return [y, *paddle.static.gradients([paddle.sum(y * direction)], [x])]
-        results.append(StaticProgram(store, build)(**values))
-    for result, expected in zip(*results):
+        return StaticProgram(store, build)(**values)
+
+    for result, expected in zip(results_of(by_compiled_operator), results_of(by_paddle)):
         assert np.abs(result - expected).max() < 1e-10 * np.abs(expected).max()
 
 
@@ -241,7 +234,7 @@ def test_the_flag_switches_them(flag):
 
 
 @pytest.mark.parametrize('compiler, reason', [(None, 'no C++ compiler'), ('exit 1', 'could not be compiled')])
-def test_without_a_working_compiler_paddle_computes(tmp_path, monkeypatch, compiler, reason):
+def test_without_a_working_compiler_paddle_computes(tmp_path, monkeypatch, caplog, compiler, reason):
     """The log states the reason; the cache has no incomplete file."""
     for name in ('g++', 'gcc', 'c++', 'cc') if compiler else ():
         (tmp_path / name).write_text(f'#!/bin/sh\necho "fatal error: broken"; {compiler}\n')
@@ -250,8 +243,6 @@ def test_without_a_working_compiler_paddle_computes(tmp_path, monkeypatch, compi
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     monkeypatch.setattr(custom_ops, '_state', {'enabled': False, 'loaded': False})
-    warnings = []
-    monkeypatch.setattr(custom_ops.log, 'warning', warnings.append)
     assert not custom_ops.enable() and not custom_ops.enabled()
-    assert len(warnings) == 1 and reason in warnings[0]
-    assert not [name for _, _, names in os.walk(tmp_path / 'cache') for name in names]
+    assert len(caplog.messages) == 1 and reason in caplog.text
+    assert not any(path.is_file() for path in (tmp_path / 'cache').rglob('*'))

@@ -1,8 +1,12 @@
 """Two ranks on the CPU: equal states after every step, averaged gradients, other world sizes after a resume, stops."""
 import argparse
+import contextlib
+import functools
 import os
 import signal
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import paddle
@@ -51,42 +55,33 @@ def recorded(tmp_path_factory, commands):
 
     The run of train_imagenet.py was begun by one process.
     """
-    finished = {}
-
+    @functools.cache
     def of(script):
-        if script not in finished:
-            folder = tmp_path_factory.mktemp('two') / 'run'
-            command = [*commands[script], '--model_save_dir', folder, '--report_freq', '1']
-            if script == 'train_imagenet.py':
-                stop_at('epoch 1 step 2/', *command)
-                command.append('--resume')
-            output = run_two_well('tests/recorded.py', folder.parent / 'states', *command)
-            states = [dict(np.load(folder.parent / f'states.{rank}.npz')) for rank in range(2)]
-            finished[script] = folder, states, output
-        return finished[script]
+        folder = tmp_path_factory.mktemp('two') / 'run'
+        command = [*commands[script], '--model_save_dir', folder, '--report_freq', '1']
+        if script == 'train_imagenet.py':
+            stop_at('epoch 1 step 2/', *command)
+            command.append('--resume')
+        output = run_two_well('tests/recorded.py', folder.parent / 'states', *command)
+        return folder, [dict(np.load(folder.parent / f'states.{rank}.npz')) for rank in range(2)], output
     return of
 
 
 @SCRIPTS
-def test_both_ranks_have_the_same_state_after_every_step(recorded, script):
+def test_both_ranks_have_the_same_state_after_every_step_and_send_the_needed_gradients_once(recorded, script):
+    """Three times the weights in a second-order step, once in a step of a training; alpha and statistics are small."""
     _, (first, second), output = recorded(script)
+    assert ', 2 processes' in output.splitlines()[0]
     assert first.keys() == second.keys()
-    names = {name.split('/')[-1] for name in first}
+    searched = script == 'train_search.py'
+    steps, names = ({name.rpartition('/')[part] for name in first} for part in (0, 2))
     assert {'theta', 'velocity', 'gradient'} < names
-    assert ({'alphas', 'adam_mean', 'd_alpha'} if script == 'train_search.py' else {'statistics'}) < names
-    assert len({name.rpartition('/')[0] for name in first}) >= 3
+    assert ({'alphas', 'adam_mean', 'd_alpha'} if searched else {'statistics'}) < names
+    assert len(steps) >= 3
     for name, array in first.items():
         assert array.tobytes() == second[name].tobytes() or name.endswith('/result'), name
-    assert ', 2 processes' in output.splitlines()[0]
-
-
-@SCRIPTS
-def test_a_step_sends_the_needed_gradients_once(recorded, script):
-    """Three times the weights in a second-order step, once in a step of a training; alpha and statistics are small."""
-    _, (states, _), _ = recorded(script)
-    step = min(states).rpartition('/')[0]
-    names = ('theta', 'theta', 'd_alpha', 'theta') if script == 'train_search.py' else ('theta', 'statistics')
-    assert states[f'{step}/sent'].tolist() == [states[f'{step}/{name}'].nbytes for name in names]
+    step, sent = min(steps), ('theta', 'theta', 'd_alpha', 'theta') if searched else ('theta', 'statistics')
+    assert first[f'{step}/sent'].tolist() == [first[f'{step}/{name}'].nbytes for name in sent]
 
 
 @SCRIPTS
@@ -157,8 +152,7 @@ def test_gradient_and_statistics_of_a_training_are_the_means_of_both_shards(reco
 
 def test_second_order_over_two_ranks_is_that_of_the_mean_losses(tmp_path):
     """Steps 1 to 6 in numpy, in float64, with the mean over both shards as every gradient."""
-    main, other = run_two('tests/averaged.py', tmp_path / 'result')
-    assert main.returncode == other.returncode == 0, main.stderr + other.stderr
+    run_two_well('tests/averaged.py', tmp_path / 'result')
     found, found_by_other = (dict(np.load(tmp_path / f'result.{rank}.npz')) for rank in range(2))
     supernet, shards = averaged.make_supernet(), [averaged.batches(shard) for shard in range(2)]
     w, v, xi = supernet.store.get('theta'), averaged.velocity(supernet), averaged.LR
@@ -195,37 +189,23 @@ def test_an_evaluation_counts_every_image_once(recorded, commands, script, image
         assert run_two_well(*command, '--batch_size', '22').splitlines()[-1] == line
 
 
-def wait_for(text, logs):
-    """Waits until rank 0 has printed a text; launch itself prints it a second or two later."""
-    path, deadline = logs / 'workerlog.0', time.time() + 120
-    while not path.exists() or text not in path.read_text():
-        assert time.time() < deadline, path.read_text()
+def start_and_wait(logs, *command):
+    """Starts two ranks with launch, -> Popen when rank 0 has printed step 2; launch itself prints a bit later."""
+    job, path, deadline = launch(logs, *command), logs / 'workerlog.0', time.time() + 120
+    while not path.exists() or 'epoch 1 step 2/' not in path.read_text():
+        assert time.time() < deadline
         time.sleep(0.05)
-
-
-def process_of(launcher, variable):
-    """Returns the process id of the child of launch with a variable in its environment, as soon as it has started."""
-    deadline = time.time() + 60
-    while time.time() < deadline:
-        for pid in filter(str.isdecimal, os.listdir('/proc')):
-            try:
-                with open(f'/proc/{pid}/stat') as stat, open(f'/proc/{pid}/environ', 'rb') as environment:
-                    parent = int(stat.read().rpartition(')')[2].split()[1])
-                    if parent == launcher and variable.encode() in environment.read().split(b'\0'):
-                        return int(pid)
-            except OSError:
-                pass                     # the process has ended
-        time.sleep(0.1)
-    raise AssertionError(f"launch has no process with {variable}")
+    return job
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_one_process_resumes_it(tmp_path, recorded, commands):
     folder, uninterrupted = tmp_path / 'run', recorded('train_search.py')[0]
     command = [*commands['train_search.py'], '--model_save_dir', folder, '--report_freq', '1']
-    job = launch(tmp_path / 'log', *command, '--save_freq', '1')
-    other = process_of(job.pid, 'PADDLE_TRAINER_ID=1')
-    wait_for('epoch 1 step 2/', tmp_path / 'log')
+    job = start_and_wait(tmp_path / 'log', *command, '--save_freq', '1')
+    children = (pid for task in Path(f'/proc/{job.pid}/task').glob('*/children') for pid in task.read_text().split())
+    other = next(int(pid) for pid in children
+                 if b'PADDLE_TRAINER_ID=1' in Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'))
     os.kill(other, signal.SIGSTOP)                   # pauses both ranks, for less than gloo's timeout
     assert_one_line(run(*command, '--resume'), 'another run is active', str(folder))
     os.kill(other, signal.SIGKILL)
@@ -248,8 +228,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_resumes_it(tmp_path, recorde
 def test_sigterm_to_launch_stops_all_ranks_and_the_resumed_run_equals_uninterrupted(tmp_path, recorded, commands):
     folder, uninterrupted = tmp_path / 'run', recorded('train.py')[0]
     command = [*commands['train.py'], '--model_save_dir', folder]
-    job = launch(tmp_path / 'log', *command, '--report_freq', '1')
-    wait_for('epoch 1 step 2/', tmp_path / 'log')
+    job = start_and_wait(tmp_path / 'log', *command, '--report_freq', '1')
     job.send_signal(signal.SIGTERM)
     output = job.communicate(timeout=60)[0]
     logs = [(tmp_path / 'log' / f'workerlog.{rank}').read_text() for rank in range(2)]
@@ -314,18 +293,14 @@ def test_the_shards_of_a_batch_of_image_files_make_up_the_batch_of_one_process(t
     samples = imagenet_reader.load(str(tmp_path), 3).train
     samples = imagenet_reader.Samples(samples.paths * 24, np.tile(samples.labels, 24))
     samples.paths[4] = str(tmp_path / 'missing.JPEG')            # in the second half of the first batch
-    decoded = []
-
-    class Workers:
-        def call(self, function, paths, key, augment, part):
-            decoded.append(len(range(len(paths))[part]))
-            return function(paths, key, augment, part)
-
-    complete, *shards = (imagenet_reader.ImageBatches(samples, 5, Workers(), seed=0, shuffle=False, augment=augment,
+    workers = Mock()
+    workers.call.side_effect = lambda function, *arguments: function(*arguments)
+    complete, *shards = (imagenet_reader.ImageBatches(samples, 5, workers, seed=0, shuffle=False, augment=augment,
                                                       shard=shard) for shard in ((0, 1), (0, 2), (1, 2)))
     for step in (0, 1, len(complete) - 1):                          # 216 images: the last batch has 1
         for array, pieces in zip(complete.batch(0, step), zip(*(shard.batch(0, step) for shard in shards))):
             assert np.array_equal(np.concatenate(pieces), array)
+    decoded = [len(paths[part]) for _, paths, _, _, part in (call.args for call in workers.call.call_args_list)]
     assert decoded == [5, 2, 3, 5, 2, 3, 1, 0, 1]
 
 
@@ -335,36 +310,31 @@ def test_a_shard_without_a_readable_image_is_empty_in_the_validation(tmp_path):
     assert images.shape == (0, 3, 224, 224) and not len(sources) and list(unreadable) == paths[1:]
 
 
-@pytest.mark.parametrize('seen, refused', [(20, True), (60, False)])
-def test_more_than_one_per_cent_of_the_images_of_a_shard_stops_the_run(tmp_path, seen, refused):
+@pytest.mark.parametrize('seen, outcome', [
+    (20, pytest.raises(utils.UserError, match='2 of 100 ')), (60, contextlib.nullcontext())])
+def test_more_than_one_per_cent_of_the_images_of_a_shard_stops_the_run(tmp_path, seen, outcome):
     pictures.make_imagenet(tmp_path, train=3, valid=1)
     paths = imagenet_reader.load(str(tmp_path), 3).train.paths
     samples = imagenet_reader.Samples((paths * 50)[:400], np.zeros(400, 'int64'))
-    for number in (0, 1):
-        samples.paths[number] = str(tmp_path / f'{number}.JPEG')
+    samples.paths[:2] = str(tmp_path / '0.JPEG'), str(tmp_path / '1.JPEG')
     batches = imagenet_reader.ImageBatches(samples, 4, imagenet_reader.Workers(0), seed=0, shuffle=False, augment=True,
                                            shard=(0, 4))
     batches.seen[:seen * 4] = True                                  # 80 or 240 of 400; an epoch of the shard has 100
-    if refused:
-        with pytest.raises(utils.UserError, match='2 of 100 '):
-            batches._make(np.arange(8), [0])
-    else:
+    with outcome:
         batches._make(np.arange(8), [0])
 
 
 def test_ranks_draw_different_masks_and_average_gradient_and_statistics(monkeypatch):
-    seeds, averages = [], []
-    training = train.Training.__new__(train.Training)
-    training.args, training.store = argparse.Namespace(seed=3, drop_path_prob=0.2, epochs=4), None
-    training.network = argparse.Namespace(feed=lambda *batch: None,
-                                          run=lambda feed, prob, seed: seeds.append(seed) or (0, 0, 0))
-    training.learning_rate, training.optimizer = lambda epoch: 0, argparse.Namespace(step=lambda lr: None)
-    monkeypatch.setattr(distributed, 'average_gradients', lambda store, *names: averages.append(names))
+    average, training = Mock(), Mock(args=Mock(seed=3))
+    training.network.run.return_value = 0, 0, 0
+    monkeypatch.setattr(distributed, 'average_gradients', average)
     for rank in range(3):
         monkeypatch.setattr(distributed, 'rank', rank)
         monkeypatch.setattr(distributed, 'is_main', rank == 0)
-        training.train_step(([0], [0]), 1, 2)
-    assert len(set(seeds)) == 3 and averages == [('gradient', 'statistics')] * 3
+        train.Training.train_step(training, ([0], [0]), 1, 2)
+    assert [call.args for call in average.call_args_list] == [(training.store, 'gradient', 'statistics')] * 3
+    seeds = [call.args[2] for call in training.network.run.call_args_list]
+    assert len(set(seeds)) == 3
     assert seeds[0] == int(np.random.SeedSequence([3, reader.DROP_PATH, 1, 2]).generate_state(1)[0])
 
 

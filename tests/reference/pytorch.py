@@ -2,15 +2,8 @@
 
 A second implementation, for the tests that compare results and for the benchmark. The names in the state dicts are
 those of the authors' code. Needs torch (pip install torch).
-
-    network = Supernet(16, 10, 8)
-    optimizer = torch.optim.SGD(network.parameters(), 0.025, momentum=0.9, weight_decay=3e-4)
-    architect = Architect(network, optimizer)
-    loss, logits = search_step(network, architect, optimizer, (images, labels), (validation_images, validation_labels))
 """
 from __future__ import annotations
-
-from itertools import islice
 
 import torch
 from torch import nn
@@ -19,7 +12,6 @@ from torch.nn import functional as F
 from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES
 
 
-# ---------------------------------------------------------------------------------------------------
 # Operations: [N, C, H, W] -> [N, C, H / stride, W / stride]
 
 def separable(channels, kernel, stride, dilation, affine, inplace=False):
@@ -72,8 +64,7 @@ def operation(name, channels, stride, affine):
     if name == 'skip_connect':
         return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
     if name == 'conv_7x1_1x7':
-        return nn.Sequential(nn.ReLU(),
-                             nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
+        return nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
                              nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),
                              nn.BatchNorm2d(channels, affine=affine))
     kernel = int(name[-1])
@@ -81,6 +72,12 @@ def operation(name, channels, stride, affine):
         return Chain(*separable(channels, kernel, stride, 1, affine),
                      *separable(channels, kernel, 1, 1, affine, inplace=True))
     return Chain(*separable(channels, kernel, stride, 2, affine))
+
+
+def arrays_of(state_dict):
+    """Returns {name: array} of the weights and running statistics in a state dict."""
+    return {name: tensor.detach().numpy() for name, tensor in state_dict.items()
+            if not name.endswith('.num_batches_tracked')}
 
 
 def reduction_cells(layers):
@@ -92,9 +89,6 @@ def add(terms):
     """Returns the sum of a list of tensors, without the first addition of sum(), to 0."""
     return sum(terms[1:], terms[0])
 
-
-# ---------------------------------------------------------------------------------------------------
-# The supernet of the search
 
 class MixedOp(nn.Module):
     """The weighted sum of all operations on an edge."""
@@ -111,7 +105,7 @@ class MixedOp(nn.Module):
 
     def forward(self, x, weights):
         """weights: the softmax of alpha, [8]."""
-        return add([weight * op(x) for weight, op in islice(zip(weights.unbind(), self._ops), 1, None)])
+        return add([weight * op(x) for weight, op in list(zip(weights.unbind(), self._ops))[1:]])
 
 
 class MixedCell(nn.Module):
@@ -175,13 +169,11 @@ class Supernet(nn.Module):
         return self.classifier(s1.mean(dim=(2, 3)))
 
 
-# ---------------------------------------------------------------------------------------------------
-# The search (arXiv 1806.09055, section 2.3)
-
 class Architect:
-    """Updates alpha of a supernet by Adam on the second-order gradient (first-order with unrolled=False).
+    """Updates alpha of a supernet by Adam on the second-order gradient (arXiv 1806.09055, section 2.3).
 
     optimizer: the torch.optim.SGD that trains the weights; the virtual step takes its settings and momentum buffers.
+    unrolled: False for the first-order gradient.
     """
 
     def __init__(self, network, optimizer, arch_learning_rate=3e-4, arch_weight_decay=1e-3, unrolled=True):
@@ -236,10 +228,7 @@ class Architect:
 
 
 def search_step(network, architect, optimizer, train, valid, grad_clip=5.0):
-    """Updates alpha, then the weights; returns loss and logits of the training batch with the new alpha.
-
-    train, valid: (images [N, 3, H, W], labels [N]).
-    """
+    """Updates alpha by Architect.step, then the weights; returns loss and logits of `train` with the new alpha."""
     architect.step(train, valid)
     images, labels = train
     logits = network(images)
@@ -250,9 +239,6 @@ def search_step(network, architect, optimizer, train, valid, grad_clip=5.0):
     optimizer.step()
     return loss.detach(), logits.detach()
 
-
-# ---------------------------------------------------------------------------------------------------
-# Discrete networks
 
 def drop_path(x, prob):
     """Sets samples of x to zero with probability `prob` and scales the others to keep the expectation."""
@@ -320,17 +306,15 @@ class Network(nn.Module):
             reduction = i in reduction_cells(layers)
             if reduction:
                 channels *= 2
-            cell = Cell(genotype, c_prev_prev, c_prev, channels, reduction, reduction_prev)
-            self.cells.append(cell)
-            c_prev_prev, c_prev, reduction_prev = c_prev, cell.channels_out, reduction
+            self.cells.append(Cell(genotype, c_prev_prev, c_prev, channels, reduction, reduction_prev))
+            c_prev_prev, c_prev, reduction_prev = c_prev, self.cells[i].channels_out, reduction
         self.auxiliary_after = reduction_cells(layers)[1]
         self.auxiliary_head = AuxiliaryHead(self.cells[self.auxiliary_after].channels_out, classes,
                                             *self.AUXILIARY_HEAD) if auxiliary else None
         self.classifier = nn.Linear(c_prev, classes)
 
     def forward(self, images):
-        s0, s1 = self._stem(images)
-        auxiliary_logits = None
+        (s0, s1), auxiliary_logits = self._stem(images), None
         for i, cell in enumerate(self.cells):
             s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
             if i == self.auxiliary_after and self.auxiliary_head is not None and self.training:
