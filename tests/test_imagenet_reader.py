@@ -268,12 +268,16 @@ def test_workers_ignore_the_signals_that_stop_a_run_and_end_with_the_context():
     assert [process.exitcode for process in workers.processes] == [0, 0]
 
 
-@pytest.mark.parametrize('death, reason', [('os._exit(7)', 'exit code 7'),
-                                           ('os.kill(os.getpid(), signal.SIGKILL)', 'signal SIGKILL')])
+KILL = 'os.kill(os.getpid(), signal.SIGKILL)'
+SEND_A_PART = "os.write(multiprocessing.current_process()._args[1]._writer.fileno(), b'\\0\\0\\1\\0of 256 bytes')"
+
+
+@pytest.mark.parametrize('death, reason', [('os._exit(7)', 'exit code 7'), (KILL, 'signal SIGKILL'),
+                                           (f'{SEND_A_PART}; {KILL}', 'signal SIGKILL')])
 def test_the_death_of_a_worker_is_an_error_with_its_reason(death, reason):
     began = time.time()
     with Workers(3) as workers, pytest.raises(UserError, match=f'worker process .* died .*{reason}.*--resume'):
-        workers.call(exec, f'import os, signal; {death}')
+        workers.call(exec, f'import multiprocessing, os, signal; {death}')
     assert time.time() - began < 10 and not any(process.is_alive() for process in workers.processes)
 
 
