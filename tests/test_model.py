@@ -9,7 +9,7 @@ import pytest
 import model
 import utils
 from agreement import assert_all_close, assert_close, scrambled, statistics_of
-from genotypes import GENOTYPES
+from genotypes import GENOTYPES, Genotype
 from model import AUXILIARY, NetworkCIFAR, NetworkImageNet
 from reference import discrete as reference
 from train import Training
@@ -131,6 +131,30 @@ def test_drop_path_depends_on_seed_and_probability_and_is_off_in_the_evaluation(
     first, again, other = (network.run(feed, 0.5, seed).loss for seed in (1, 1, 2))
     assert first == again and len({first, other, complete}) == 3
     assert_close(network.logits(images), reference.evaluate(network.weights(), GENOTYPES['DARTS_V2'], images, 3).logits)
+
+
+def test_multiply_adds_by_hand():
+    """A network of one reduction cell: images of 8 x 8, channels 2 -> 4, output 4 x 4."""
+    edges = ('sep_conv_5x5', 0), ('dil_conv_3x3', 1), ('conv_7x1_1x7', 0), ('skip_connect', 1)
+    network = NetworkCIFAR(Genotype(edges, (2, 3), edges, (2, 3)), 2, CLASSES, 1, image_size=8, with_training=False)
+    stem, preprocesses, classifier = 64 * 6 * 3 * 9, 2 * 64 * 6 * 4, 8 * CLASSES
+    sep_conv, dil_conv = 16 * 2 * (4 * 25 + 4 * 4), 16 * (4 * 9 + 4 * 4)
+    rows_and_columns = 32 * 4 * 4 * 7 + 16 * 4 * 4 * 7             # 1 x 7 halves the width only
+    factorized_reduce = 16 * 2 * (2 * 4)
+    assert network.multiply_adds == (stem + preprocesses + sep_conv + dil_conv + rows_and_columns
+                                     + factorized_reduce + classifier)
+
+
+def test_label_smoothing_by_hand():
+    """-sum(target * log softmax), target 0.9 + 0.1 / 8 at the label and 0.1 / 8 elsewhere; off in the evaluation."""
+    network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 2, 8, label_smooth=0.1)
+    log_likelihood = log_softmax(reference.train(weights, GENOTYPES['DARTS_V2'], images, labels, 2).logits)
+    targets = np.full((BATCH, CLASSES), 0.1 / 8)
+    targets[range(BATCH), labels] += 0.9
+    assert network.run(network.feed(images, labels)).loss == pytest.approx(
+        -(targets * log_likelihood).sum(axis=1).mean(), rel=1e-7)
+    assert network.evaluate(images, labels).loss == pytest.approx(
+        -log_softmax(network.logits(images))[range(BATCH), labels].mean(), rel=1e-12)
 
 
 def test_schedules_by_hand():
