@@ -51,7 +51,7 @@ def test_a_side_takes_one_step_per_request_and_ignores_other_output(script, tmp_
     side.step()
     side.step()
     assert steps.read_text() == 'step step '
-    assert 0.001 < side.end() < 1 and side.process.returncode == 0
+    assert 0.001 < side.end() < 100 and side.process.returncode == 0
 
 
 @pytest.mark.parametrize('code, reason', [

@@ -1,16 +1,16 @@
-// A cell of a discrete network as one operator for the CPU: the outputs of the two cells before in, its own out.
-// README.md in this folder explains the layout and the order of the loops.
+// A cell of a discrete network as one operator for the CPU, from the outputs of the two cells before to its own output.
+// README.md in this folder explains the memory layout and the order of the loops.
 #include "kernels.h"
 
 #include <cmath>
 #include <memory>
 #include <string>
 
-int darts_threads = 0;                           // of both operators; kernels.h says more
+int darts_threads = 0;                           // of both operators, see kernels.h
 
 namespace {
 
-// Planes [h, w] of a batch, without anything between rows and planes; from one image to the next `image` numbers.
+// Planes [h, w] of a batch, with contiguous rows and planes. `image` is the distance between images.
 template <typename T>
 struct Images {
   T* data;
@@ -18,7 +18,7 @@ struct Images {
   operator Images<const T>() const { return {data, image}; }
 };
 
-// What drop path multiplies the result of an operation by, a number an image; 1 without data.
+// The factors of drop path for the result of an operation, one per image. Without data they are 1.
 template <typename T>
 struct Mask {
   const T* data;
@@ -27,18 +27,18 @@ struct Mask {
 };
 
 struct Normalisation {
-  bool training;                                 // by the batch, which moves the running statistics; else by these
+  bool training;                                 // by the batch, and update the running statistics; else by them
   double epsilon, momentum;
 };
 
-// Where the operations of a cell find what is theirs; each takes the next numbers, in the order of the names.
+// Assigns the weights of a cell to its operations. Every call returns the next rows of a tensor.
 template <typename T>
 class Weights {
  public:
-  // inputs: those of the operator, from the third on tensors [rows, columns, k, k], one for each columns and k, and [rows]
-  // with scales and shifts; gradients: of the same shapes, or none.
+  // inputs: those of the operator. From the third on they are tensors [rows, columns, k, k], one per pair (columns, k),
+  // and one tensor [rows] of all scales and shifts. gradients: tensors of the same shapes, or null.
   Weights(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients)
-      : values_(inputs), gradients_(gradients), taken_(inputs.size(), 0) {}
+      : values_(inputs), gradients_(gradients), used_(inputs.size(), 0) {}
 
   struct Weight {
     const T* value;
@@ -49,30 +49,30 @@ class Weights {
       const auto shape = values_[k].shape();
       const bool fits = columns ? shape.size() == 4 && shape[1] == columns && shape[2] == kernel : shape.size() == 1;
       const int64_t size = rows * (columns ? columns * kernel * kernel : 1);
-      if (!fits || taken_[k] + size > values_[k].numel()) continue;
-      const int64_t from = taken_[k];
-      taken_[k] += size;
+      if (!fits || used_[k] + size > values_[k].numel()) continue;
+      const int64_t from = used_[k];
+      used_[k] += size;
       return {values_[k].data<T>() + from, gradients_ ? (*gradients_)[k].template data<T>() + from : nullptr};
     }
     PD_THROW("the cell has no weights for an operation of its genotype");
   }
   Weight take_affine(int64_t size) { return take(size, 0, 0); }
-  void check_all_taken() const {
+  void check_all_used() const {
     for (size_t k = 2; k < values_.size(); ++k)
-      PD_CHECK(taken_[k] == values_[k].numel(), "the cell has more weights than the operations of its genotype");
+      PD_CHECK(used_[k] == values_[k].numel(), "the cell has more weights than the operations of its genotype");
   }
 
  private:
   const std::vector<Tensor>& values_;
   std::vector<Tensor>* gradients_;
-  std::vector<int64_t> taken_;
+  std::vector<int64_t> used_;
 };
 
-// One after the other in the tensors of a cell.
+// Positions in the tensors of a cell; every operation advances them by its size.
 template <typename T>
-struct Memory {
+struct Buffers {
   T *saved, *statistics;                         // written by the forward pass and read by the backward pass
-  const T* running;                              // these are null in the backward pass
+  const T* running;                              // running and new_running are null in the backward pass
   T* new_running;
 };
 
@@ -81,15 +81,16 @@ class Operation {
  public:
   virtual ~Operation() = default;
   virtual int64_t saved_size() const { return 0; }             // numbers kept for the gradient
-  virtual int64_t workspace_size() const { return 0; }         // numbers that a backward pass needs room for
-  virtual int64_t normalised() const { return 0; }             // channels, of all normalisations
-  virtual void bind(Memory<T>*) {}
-  // out = (or +=, if add) mask * operation(x); to = (or +=) the gradient of x, d being that of out.
+  virtual int64_t workspace_size() const { return 0; }         // numbers of temporary memory of a backward pass
+  virtual int64_t normalised_channels() const { return 0; }    // of all normalisations together
+  virtual void bind(Buffers<T>*) {}
+  // Computes out = (with add: +=) mask * operation(x).
   virtual void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) = 0;
+  // Computes to = (with add: +=) the gradient of x from d, the gradient of out.
   virtual void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T* workspace) = 0;
 };
 
-// to = (or +=, if add) from, n images of `size` numbers.
+// Copies (with add: adds) n images of `size` numbers.
 template <typename T>
 void copy_images(int64_t n, int64_t size, Images<const T> from, bool add, Images<T> to) {
 #pragma omp parallel for schedule(static) num_threads(threads())
@@ -125,8 +126,8 @@ class Pool : public Operation<T> {
   void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(pools_.room() + g_.size);
-      T *bordered = scratch.take(pools_.room()), *pooled = scratch.take(g_.size);
+      Scratch<T> scratch(pools_.bordered_size() + g_.size);
+      T *bordered = scratch.take(pools_.bordered_size()), *pooled = scratch.take(g_.size);
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < n_; ++n)
         for (int64_t c = 0; c < channels_; ++c) {
@@ -145,26 +146,26 @@ class Pool : public Operation<T> {
   void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T*) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(2 * pools_.room() + 2 * g_.size + g_.out_w);
-      T *bordered = scratch.take(pools_.room()), *gradient = scratch.take(pools_.room()), *pooled = scratch.take(g_.size);
-      T *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
+      Scratch<T> scratch(2 * pools_.bordered_size() + 2 * g_.size + g_.out_w);
+      T *bordered = scratch.take(pools_.bordered_size()), *gradient = scratch.take(pools_.bordered_size());
+      T *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < n_; ++n)
         for (int64_t c = 0; c < channels_; ++c) {
-          const T *from = x.data + n * x.image + c * g_.h * g_.w, *behind = d.data + n * d.image + c * g_.size;
+          const T *from = x.data + n * x.image + c * g_.h * g_.w, *d_plane = d.data + n * d.image + c * g_.size;
           T* target = to.data + n * to.image + c * g_.h * g_.w;
           const T keep = mask[n];
 #pragma omp simd
-          for (int64_t p = 0; p < g_.size; ++p) kept[p] = keep * behind[p];
-          std::fill(gradient, gradient + pools_.room(), T(0));
+          for (int64_t p = 0; p < g_.size; ++p) kept[p] = keep * d_plane[p];
+          std::fill(gradient, gradient + pools_.bordered_size(), T(0));
           if (max_) {
             pools_.max(from, bordered, pooled);
-            pools_.max_back(from, pooled, kept, bordered, row, gradient);
+            pools_.max_backward(from, pooled, kept, bordered, row, gradient);
           } else {
-            pools_.mean_back(kept, row, gradient);
+            pools_.mean_backward(kept, row, gradient);
           }
           if (!add) std::fill(target, target + g_.h * g_.w, T(0));
-          pools_.add_inside(gradient, target);
+          pools_.add_interior(gradient, target);
         }
     }
   }
@@ -176,13 +177,14 @@ class Pool : public Operation<T> {
   const bool max_;
 };
 
-// ReLU, depthwise K x K, pointwise, batch normalisation, once or twice. K = 1 stands for no depthwise convolution: with
-// stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels look at grids one pixel apart.
+// ReLU, depthwise K x K, pointwise, batch normalisation, in one or two stages. K = 1 means no depthwise convolution:
+// with stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels read grids one pixel
+// apart.
 template <typename T, int L, int K>
 class ConvNorm : public Operation<T> {
  public:
-  ConvNorm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, int stages, int64_t stride, int64_t dilation,
-           const Normalisation& normalisation, Weights<T>* weights)
+  ConvNorm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, int stages, int64_t stride,
+           int64_t dilation, const Normalisation& normalisation, Weights<T>* weights)
       : n_(n), c_in_(c_in), c_(channels), stages_(stages), dilation_(dilation), normalisation_(normalisation),
         halves_(K == 1 ? stride : 1), first_(Geometry::of<T>(h, w, stride, dilation * (K / 2), L)),
         second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, K / 2, L)), size_(first_.size),
@@ -191,27 +193,27 @@ class ConvNorm : public Operation<T> {
     if constexpr (K > 1) depthwise_ = weights->take(stages * c_, 1, K);
   }
 
-  // Saved: the results of the convolutions [N, stages, C planes]; workspace: the gradient behind the first of two
+  // Saved: results of the convolutions [N, stages, C planes]. Workspace: gradient of the output of the first of two
   // normalisations [N, C planes].
   int64_t saved_size() const override { return n_ * stages_ * c_ * size_; }
   int64_t workspace_size() const override { return stages_ > 1 ? n_ * c_ * size_ : 0; }
-  int64_t normalised() const override { return stages_ * c_; }
-  void bind(Memory<T>* memory) override {
-    saved_ = memory->saved, statistics_ = memory->statistics;
-    running_ = memory->running, new_running_ = memory->new_running;
-    memory->saved += saved_size(), memory->statistics += 2 * normalised();
-    if (running_) memory->running += 2 * normalised(), memory->new_running += 2 * normalised();
+  int64_t normalised_channels() const override { return stages_ * c_; }
+  void bind(Buffers<T>* buffers) override {
+    saved_ = buffers->saved, statistics_ = buffers->statistics;
+    running_ = buffers->running, new_running_ = buffers->new_running;
+    buffers->saved += saved_size(), buffers->statistics += 2 * normalised_channels();
+    if (running_) buffers->running += 2 * normalised_channels(), buffers->new_running += 2 * normalised_channels();
   }
 
-  // affine, running: [stages, 2, C] with scale and shift, mean and variance; statistics: [stages, C, 2] with mean and
-  // 1 / sqrt(variance + epsilon).
+  // affine: scale and shift [stages, 2, C]; running: mean and variance [stages, 2, C]; statistics: mean and
+  // 1 / sqrt(variance + epsilon) [stages, C, 2].
   void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
     std::vector<double> moments(n_ * c_ * 2);
     const T* affine = affine_.value;
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(room() + inner_room());
-      T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room());
+      Scratch<T> scratch(padded_size() + inner_size());
+      T *padded = scratch.zeros(padded_size()), *inner = scratch.zeros(inner_size());
       for (int stage = 0; stage < stages_; ++stage) {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < n_; ++n) {
@@ -223,16 +225,16 @@ class ConvNorm : public Operation<T> {
           } else {
             for (int64_t half = 0; half < halves_; ++half) {
               rectify(x, n, half, inner);
-              multiply<T, L>(pointwise_.value + half * half_channels() * c_in_, c_in_, 1, inner, first_.step, half_channels(),
-                             c_in_, size_, result + half * half_channels() * size_, size_);
+              multiply<T, L>(pointwise_.value + half * half_channels() * c_in_, c_in_, 1, inner, first_.step,
+                             half_channels(), c_in_, size_, result + half * half_channels() * size_, size_);
             }
           }
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
-            take_moments(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
+            compute_moments(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < c_; ++c) {
-          const int64_t at = stage * 2 * c_ + c;                              // of the mean; the variance is c_ further
+          const int64_t at = stage * 2 * c_ + c;                              // the mean; the variance is at + c_
           double mean = running_[at], variance = running_[at + c_];
           const double kept = normalisation_.training ? normalisation_.momentum : 1;
           if (normalisation_.training) combine_moments(moments.data() + 2 * c, n_, 2 * c_, plane_, &mean, &variance);
@@ -266,44 +268,48 @@ class ConvNorm : public Operation<T> {
     }
   }
 
-  void backward(Images<const T> x, Mask<T> mask, Images<const T> out_gradient, bool add, Images<T> to, T* between) override {
+  void backward(Images<const T> x, Mask<T> mask, Images<const T> out_gradient, bool add, Images<T> to,
+                T* first_gradient) override {
     const int64_t depthwise_size = K == 1 ? 0 : stages_ * c_ * K * K, pointwise_size = stages_ * c_ * c_in_;
-    const std::vector<T> turned = turn_round(depthwise_.value, depthwise_size / (K * K), K * K);
+    const std::vector<T> flipped = flip(depthwise_.value, depthwise_size / (K * K), K * K);
     PartialSums<T> partial;
     std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
 #pragma omp parallel num_threads(threads())
     {
-      T* const weights = partial.own(depthwise_size + pointwise_size);
+      T* const weight_gradients = partial.thread_sums(depthwise_size + pointwise_size);
       const int64_t in_plane = K == 1 || first_.stride == 1 ? first_.step : first_.plane;
       const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
-      Scratch<T> scratch(room() + 2 * inner_room() + 2 * c_ * first_.step + in_size + border);
-      T *padded = scratch.zeros(room()), *inner = scratch.zeros(inner_room()), *d = scratch.zeros(c_ * first_.step);
-      T *inner_gradient = scratch.take(inner_room()), *gradient = scratch.zeros(c_ * first_.step);
+      Scratch<T> scratch(padded_size() + 2 * inner_size() + 2 * c_ * first_.step + in_size + border);
+      T *padded = scratch.zeros(padded_size()), *inner = scratch.zeros(inner_size());
+      T *d = scratch.zeros(c_ * first_.step);
+      T *inner_gradient = scratch.take(inner_size()), *gradient = scratch.zeros(c_ * first_.step);
       T *in_gradient = scratch.take(in_size), *bordered = scratch.take(border);
       for (int stage = stages_ - 1; stage >= 0; --stage) {
         const bool last = stage == stages_ - 1;
         const Geometry& g = geometry(stage);
         const T *scale = affine_.value + stage * 2 * c_, *mean_rstd = statistics_ + stage * c_ * 2;
-        // The gradient behind this normalisation: given for the last, made by the loop below for the one before.
-        const auto behind = [&](int64_t n, int64_t c) -> const T* {
-          if (!last) return between + (n * c_ + c) * size_;
+        // Returns the gradient of the output of this stage's normalisation. For the last stage it is an input, for the
+        // first of two stages the loop below computes it in the pass over the last.
+        const auto out_gradient_of = [&](int64_t n, int64_t c) -> const T* {
+          if (!last) return first_gradient + (n * c_ + c) * size_;
           const T* from = out_gradient.data + n * out_gradient.image + c * plane_;
           if (!mask.data && first_.out_row == first_.out_w) return from;
           const T keep = mask[n];
           T* kept = d + c * first_.step;
           for (int64_t i = 0; i < first_.rows(); ++i)
 #pragma omp simd
-            for (int64_t j = 0; j < first_.columns(); ++j) kept[i * first_.out_row + j] = keep * from[i * first_.out_w + j];
+            for (int64_t j = 0; j < first_.columns(); ++j)
+              kept[i * first_.out_row + j] = keep * from[i * first_.out_w + j];
           return kept;
         };
         if (last) {
 #pragma omp for schedule(static)
           for (int64_t n = 0; n < n_; ++n)
             for (int64_t c = 0; c < c_; ++c)
-              add_up(first_, behind(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_, mean_rstd[2 * c],
-                     sums.data() + (n * c_ + c) * 2);
+              sum_gradient(first_, out_gradient_of(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_,
+                           mean_rstd[2 * c], sums.data() + (n * c_ + c) * 2);
         }
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < c_; ++c) {
@@ -311,7 +317,7 @@ class ConvNorm : public Operation<T> {
           for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
           const double rstd = mean_rstd[2 * c + 1], count = n_ * plane_;
           affine_.gradient[stage * 2 * c_ + c] = dot * rstd, affine_.gradient[stage * 2 * c_ + c_ + c] = total;
-          // Running statistics do not depend on the batch.
+          // Running statistics do not depend on the batch, so only batch statistics contribute to the gradient.
           d_mean[c] = normalisation_.training ? total / count : 0;
           slope[c] = normalisation_.training ? rstd * rstd * dot / count : 0;
         }
@@ -320,37 +326,39 @@ class ConvNorm : public Operation<T> {
         for (int64_t n = 0; n < n_; ++n) {
           const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           for (int64_t c = 0; c < c_; ++c)
-            differentiate(first_, behind(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1], d_mean[c],
-                          mean_rstd[2 * c], slope[c], gradient + c * first_.step);
+            batch_norm_backward(first_, out_gradient_of(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1],
+                                d_mean[c], mean_rstd[2 * c], slope[c], gradient + c * first_.step);
           if constexpr (K == 1) {
             for (int64_t half = 0; half < halves_; ++half) {
               const T* d_half = gradient + half * half_channels() * first_.step;
               const int64_t at = half * half_channels() * c_in_;
               rectify(x, n, half, inner);
-              add_outer<T, L>(d_half, first_.step, inner, first_.step, half_channels(), c_in_, size_, weights + at);
-              multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, half_channels(), size_, in_gradient,
-                             first_.step);
-              through_rectified(x, n, half, in_gradient, add, to);
+              add_outer<T, L>(d_half, first_.step, inner, first_.step, half_channels(), c_in_, size_,
+                              weight_gradients + at);
+              multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, half_channels(), size_,
+                             in_gradient, first_.step);
+              rectify_backward(x, n, half, in_gradient, add, to);
             }
           } else {
             prepare(stage, n, x, padded);
             std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
-            Separable<T, L, K>(g, dilation_, c_).backward(
-                padded, depthwise_.value + stage * c_ * K * K, turned.data() + stage * c_ * K * K,
-                pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered, weights + stage * c_ * K * K,
-                weights + depthwise_size + stage * c_ * c_, in_gradient);
+            Separable<T, L, K>(g, dilation_, c_)
+                .backward(padded, depthwise_.value + stage * c_ * K * K, flipped.data() + stage * c_ * K * K,
+                          pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered,
+                          weight_gradients + stage * c_ * K * K, weight_gradients + depthwise_size + stage * c_ * c_,
+                          in_gradient);
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {
                 const int64_t at = c * g.h * g.w;
-                through_relu(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
+                relu_backward(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
                              to.data + n * to.image + at);
               }
             } else {
               for (int64_t c = 0; c < c_; ++c) {
                 const T* y = saved_ + (n * stages_ * c_ + c) * size_;
                 const T mean = statistics_[2 * c], factor = affine_.value[c] * statistics_[2 * c + 1];
-                through_normalised_relu<T, L>(first_, y, factor, mean, affine_.value[c_ + c], in_gradient + c * g.step,
-                                              between + (n * c_ + c) * size_, sums.data() + (n * c_ + c) * 2);
+                normalised_relu_backward<T, L>(first_, y, factor, mean, affine_.value[c_ + c], in_gradient + c * g.step,
+                                               first_gradient + (n * c_ + c) * size_, sums.data() + (n * c_ + c) * 2);
               }
             }
           }
@@ -364,24 +372,27 @@ class ConvNorm : public Operation<T> {
  private:
   const Geometry& geometry(int stage) const { return stage == 0 ? first_ : second_; }
   int64_t half_channels() const { return c_ / halves_; }
-  // Numbers of the padded planes, and of what is between depthwise and pointwise.
-  int64_t room() const { return K == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
-  int64_t inner_room() const { return c_in_ * first_.step; }
+  // Numbers of the padded planes, and of the results between depthwise and pointwise convolution.
+  int64_t padded_size() const { return K == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
+  int64_t inner_size() const { return c_in_ * first_.step; }
 
-  // The padded planes that the convolution of a stage reads.
+  // Computes the padded planes that the convolution of a stage reads.
   void prepare(int stage, int64_t n, Images<const T> x, T* padded) const {
-    // The border is 0; what the other stage left there is in the way where it lays its planes out differently.
-    if (stages_ > 1 && first_.stride > 1) std::fill(padded, padded + room(), T(0));
+    // The border has to be 0. With stride 2 the stages have different layouts, and one writes where the other has its
+    // border.
+    if (stages_ > 1 && first_.stride > 1) std::fill(padded, padded + padded_size(), T(0));
     for (int64_t c = 0; c < c_; ++c) {
       if (stage == 0)
         pad(first_, x.data + n * x.image + c * first_.h * first_.w, padded + c * first_.plane);
       else
-        normalise(second_, saved_ + (n * stages_ * c_ + c) * size_, first_.out_row, affine_.value[c] * statistics_[2 * c + 1],
-                  statistics_[2 * c], affine_.value[c_ + c], padded + c * second_.plane);
+        normalise_relu(second_, saved_ + (n * stages_ * c_ + c) * size_, first_.out_row,
+                       affine_.value[c] * statistics_[2 * c + 1], statistics_[2 * c], affine_.value[c_ + c],
+                       padded + c * second_.plane);
     }
   }
 
-  // For K = 1: the rectified places of a grid, in planes first_.step apart, and back.
+  // For K = 1: copies the rectified places of a grid to planes at distances of first_.step. `rectify_backward` computes
+  // the gradient of x from the gradient of these planes.
   void rectify(Images<const T> x, int64_t n, int64_t half, T* to) const {
     halves_ == 1 ? rectify_with<1>(x, n, half, to) : rectify_with<2>(x, n, half, to);
   }
@@ -393,11 +404,11 @@ class ConvNorm : public Operation<T> {
 #pragma omp simd
         for (int64_t j = 0; j < grid_columns(); ++j) {
           const T value = from[i * S * first_.w + j * S];
-          to[i * first_.out_row + j] = value < 0 ? T(0) : value;              // a NaN stays one
+          to[i * first_.out_row + j] = value < 0 ? T(0) : value;              // keeps a NaN
         }
     }
   }
-  void through_rectified(Images<const T> x, int64_t n, int64_t half, const T* gradient, bool add, Images<T> to) const {
+  void rectify_backward(Images<const T> x, int64_t n, int64_t half, const T* gradient, bool add, Images<T> to) const {
     for (int64_t c = 0; c < c_in_; ++c, gradient += first_.step) {
       const int64_t plane = c * first_.h * first_.w, first = plane + half * (first_.w + 1);
       const T* value = x.data + n * x.image + first;
@@ -407,17 +418,17 @@ class ConvNorm : public Operation<T> {
         const T *in = value + i * halves_ * first_.w, *d = gradient + i * first_.out_row;
         T* out = target + i * halves_ * first_.w;
         if (halves_ == 2)
-          for (int64_t j = 0; j < first_.out_w; ++j) out[2 * j] += passed(in[2 * j], d[j]);
+          for (int64_t j = 0; j < first_.out_w; ++j) out[2 * j] += relu_grad(in[2 * j], d[j]);
         else if (add)
 #pragma omp simd
-          for (int64_t j = 0; j < grid_columns(); ++j) out[j] += passed(in[j], d[j]);
+          for (int64_t j = 0; j < grid_columns(); ++j) out[j] += relu_grad(in[j], d[j]);
         else
 #pragma omp simd
-          for (int64_t j = 0; j < grid_columns(); ++j) out[j] = passed(in[j], d[j]);
+          for (int64_t j = 0; j < grid_columns(); ++j) out[j] = relu_grad(in[j], d[j]);
       }
     }
   }
-  // A grid of every place, in rows that are not rounded up, is one long row.
+  // A grid with stride 1 whose rows are not rounded up counts as one long row.
   int64_t grid_rows() const { return halves_ == 1 ? first_.rows() : first_.out_h; }
   int64_t grid_columns() const { return halves_ == 1 ? first_.columns() : first_.out_w; }
 
@@ -427,7 +438,7 @@ class ConvNorm : public Operation<T> {
   const Normalisation normalisation_;
   const int64_t halves_;
   const Geometry first_, second_;
-  const int64_t size_, plane_;                   // numbers of a plane of the result in scratch, and in a tensor
+  const int64_t size_, plane_;                   // numbers per plane of the result, in scratch and in a tensor
   const typename Weights<T>::Weight pointwise_, affine_;
   typename Weights<T>::Weight depthwise_{nullptr, nullptr};
   T *saved_, *statistics_, *new_running_;
@@ -435,35 +446,36 @@ class ConvNorm : public Operation<T> {
 };
 
 template <typename T, int K>
-std::unique_ptr<Operation<T>> make_conv_norm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, int stages,
-                                             int64_t stride, int64_t dilation, const Normalisation& normalisation,
-                                             Weights<T>* weights) {
-  std::unique_ptr<Operation<T>> made;
-  with_lanes<T>((w - 1) / stride + 1, [&](auto lanes) {
-    made.reset(new ConvNorm<T, decltype(lanes)::value, K>(n, c_in, channels, h, w, stages, stride, dilation, normalisation,
-                                                          weights));
+std::unique_ptr<Operation<T>> make_conv_norm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w,
+                                             int stages, int64_t stride, int64_t dilation,
+                                             const Normalisation& normalisation, Weights<T>* weights) {
+  std::unique_ptr<Operation<T>> operation;
+  dispatch_lanes<T>((w - 1) / stride + 1, [&](auto lanes) {
+    operation.reset(new ConvNorm<T, decltype(lanes)::value, K>(n, c_in, channels, h, w, stages, stride, dilation,
+                                                               normalisation, weights));
   });
-  return made;
+  return operation;
 }
 
-// What the attributes of the operator say; model.Cell follows the same rules. The output is made of different nodes, as
-// genotypes.check demands.
+// The cell that the attributes of the operator describe, by the rules of model.Cell. The states in `concat` are
+// different nodes: genotypes.check guarantees it.
 struct Structure {
-  std::vector<std::string> operations;           // of the edges, two a node
-  std::vector<int> states, concat;               // that each edge reads; that are the output
+  std::vector<std::string> operations;           // of the edges, two per node
+  std::vector<int> states, concat;               // the state that each edge reads; the states in the output
   int64_t channels;
   bool reduction, reduction_prev;
 
-  // Of the output, for the output x of the cell before; an unknown size of the batch is -1.
+  // Returns the shape of the output; x: shape of the output of the cell before, with -1 for an unknown batch size.
   std::vector<int64_t> out_shape(const std::vector<int64_t>& x) const {
     const int64_t stride = reduction ? 2 : 1;
-    PD_CHECK(x[2] % stride == 0 && x[3] % stride == 0, "a reduction cell halves height and width: they have to be even");
+    PD_CHECK(x[2] % stride == 0 && x[3] % stride == 0,
+             "a reduction cell halves height and width: they have to be even");
     return {x[0], channels * static_cast<int64_t>(concat.size()), x[2] / stride, x[3] / stride};
   }
-  int64_t count() const { return 2 + operations.size() / 2; }
+  int64_t state_count() const { return 2 + operations.size() / 2; }
   int64_t stride(int edge) const { return reduction && states[edge] < 2 ? 2 : 1; }
-  // Where state s is in the output, or -1.
-  int64_t place(int64_t s) const {
+  // Returns the index of state s in the output, or -1.
+  int64_t output_position(int64_t s) const {
     const auto found = std::find(concat.begin(), concat.end(), s);
     return found == concat.end() ? -1 : found - concat.begin();
   }
@@ -473,7 +485,7 @@ struct Structure {
 template <typename T>
 class DiscreteCell {
  public:
-  // inputs: the outputs of the two cells before, then the weights; gradients: of all of them, or none.
+  // inputs: the outputs of the two cells before, then the weights; gradients: those of all inputs, or null.
   DiscreteCell(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients, const Structure& structure,
                const Normalisation& normalisation)
       : structure_(structure), x0_(inputs[0]), x1_(inputs[1]), gradients_(gradients), n_(x1_.shape()[0]),
@@ -481,70 +493,72 @@ class DiscreteCell {
         out_w_(structure.out_shape(x1_.shape())[3]) {
     const int64_t scale = structure.reduction_prev ? 2 : 1;
     PD_CHECK(x0_.shape()[0] == n_ && x0_.shape()[2] == scale * h_ && x0_.shape()[3] == scale * w_,
-             "the inputs of a cell do not fit together");
-    Weights<T> cursor(inputs, gradients);
+             "the two inputs of a cell differ in batch size, height or width");
+    Weights<T> weights(inputs, gradients);
     operations_.push_back(make_conv_norm<T, 1>(n_, x0_.shape()[1], c_, x0_.shape()[2], x0_.shape()[3], 1,
-                                               structure.reduction_prev ? 2 : 1, 1, normalisation, &cursor));
-    operations_.push_back(make_conv_norm<T, 1>(n_, x1_.shape()[1], c_, h_, w_, 1, 1, 1, normalisation, &cursor));
+                                               structure.reduction_prev ? 2 : 1, 1, normalisation, &weights));
+    operations_.push_back(make_conv_norm<T, 1>(n_, x1_.shape()[1], c_, h_, w_, 1, 1, 1, normalisation, &weights));
     for (size_t edge = 0; edge < structure.operations.size(); ++edge)
-      operations_.push_back(make(edge, normalisation, &cursor));
-    cursor.check_all_taken();
+      operations_.push_back(make(edge, normalisation, &weights));
+    weights.check_all_used();
   }
 
-  // Sizes of the tensors that go from the forward pass to the backward pass.
+  // Sizes of the tensors that the forward pass keeps for the backward pass.
   int64_t saved_size() const {
-    int64_t size = own_states() * c_ * n_ * std::max(h_ * w_, out_h_ * out_w_);
+    int64_t size = states_outside_output() * c_ * n_ * std::max(h_ * w_, out_h_ * out_w_);
     for (const auto& operation : operations_) size += operation->saved_size();
     return size;
   }
-  int64_t normalised() const {
+  int64_t normalised_channels() const {
     int64_t channels = 0;
-    for (const auto& operation : operations_) channels += operation->normalised();
+    for (const auto& operation : operations_) channels += operation->normalised_channels();
     return channels;
   }
 
   void forward(Mask<T> masks, const T* running, T* out, T* saved, T* statistics, T* new_running) {
-    lay_out_states(out, &saved);
-    Memory<T> memory{saved, statistics, running, new_running};
-    for (const auto& operation : operations_) operation->bind(&memory);
+    assign_states(out, &saved);
+    Buffers<T> buffers{saved, statistics, running, new_running};
+    for (const auto& operation : operations_) operation->bind(&buffers);
     operations_[0]->forward(input(x0_), {}, false, states_[0]);
     operations_[1]->forward(input(x1_), {}, false, states_[1]);
     for (size_t edge = 0; edge < structure_.operations.size(); ++edge)
-      operations_[2 + edge]->forward(states_[structure_.states[edge]], mask_of(edge, masks), edge % 2, states_[2 + edge / 2]);
+      operations_[2 + edge]->forward(states_[structure_.states[edge]], mask_of(edge, masks), edge % 2,
+                                     states_[2 + edge / 2]);
   }
 
   void backward(Mask<T> masks, const T* out, const T* saved, const T* statistics, const T* out_gradient) {
-    // Nothing of these is written.
+    // The backward pass does not write to these tensors.
     T* at = const_cast<T*>(saved);
-    lay_out_states(const_cast<T*>(out), &at);
-    Memory<T> memory{at, const_cast<T*>(statistics), nullptr, nullptr};
+    assign_states(const_cast<T*>(out), &at);
+    Buffers<T> buffers{at, const_cast<T*>(statistics), nullptr, nullptr};
     int64_t workspace_size = 0;
     for (const auto& operation : operations_) {
-      operation->bind(&memory);
+      operation->bind(&buffers);
       workspace_size = std::max(workspace_size, operation->workspace_size());
     }
-    const int64_t outer = c_ * h_ * w_, inner = c_ * out_h_ * out_w_, count = structure_.count();
-    const int64_t gradients_size = n_ * (2 * outer + (count - 2) * inner);
+    const int64_t outer = c_ * h_ * w_, inner = c_ * out_h_ * out_w_, state_count = structure_.state_count();
+    const int64_t gradients_size = n_ * (2 * outer + (state_count - 2) * inner);
     static thread_local Storage<T> storage;
-    T *next = storage.room(gradients_size + workspace_size), *workspace = next + gradients_size;
+    T *next = storage.reserve(gradients_size + workspace_size), *workspace = next + gradients_size;
     std::vector<Images<T>> gradients;
-    std::vector<bool> begun;                       // whether something is there to be added to
-    for (int64_t s = 0; s < count; ++s) {
-      const int64_t size = s < 2 ? outer : inner, at_out = structure_.place(s);
+    std::vector<bool> has_gradient;              // whether to add to it
+    for (int64_t s = 0; s < state_count; ++s) {
+      const int64_t size = s < 2 ? outer : inner, position = structure_.output_position(s);
       gradients.push_back({next, size});
-      begun.push_back(at_out >= 0);
+      has_gradient.push_back(position >= 0);
       next += n_ * size;
-      if (at_out >= 0) copy_images(n_, size, in_output(out_gradient, at_out, size), false, gradients[s]);
+      if (position >= 0) copy_images(n_, size, state_in_output(out_gradient, position, size), false, gradients[s]);
     }
     for (int edge = structure_.operations.size() - 1; edge >= 0; --edge) {
       const int s = structure_.states[edge], node = 2 + edge / 2;
-      // A node that nothing reads has no gradient.
-      if (!begun[node]) clear(gradients[node]), begun[node] = true;
-      operations_[2 + edge]->backward(states_[s], mask_of(edge, masks), gradients[node], begun[s], gradients[s], workspace);
-      begun[s] = true;
+      // A node that no edge reads and that is not in the output has the gradient 0.
+      if (!has_gradient[node]) clear(gradients[node]), has_gradient[node] = true;
+      operations_[2 + edge]->backward(states_[s], mask_of(edge, masks), gradients[node], has_gradient[s], gradients[s],
+                                      workspace);
+      has_gradient[s] = true;
     }
     for (int s = 0; s < 2; ++s)
-      if (!begun[s]) clear(gradients[s]);
+      if (!has_gradient[s]) clear(gradients[s]);
     for (int s = 1; s >= 0; --s) {
       const Images<const T> x = input(s == 0 ? x0_ : x1_);
       operations_[s]->backward(x, {}, gradients[s], false, {(*gradients_)[s].template data<T>(), x.image}, workspace);
@@ -552,7 +566,7 @@ class DiscreteCell {
   }
 
  private:
-  std::unique_ptr<Operation<T>> make(int edge, const Normalisation& normalisation, Weights<T>* cursor) const {
+  std::unique_ptr<Operation<T>> make(int edge, const Normalisation& normalisation, Weights<T>* weights) const {
     const std::string& name = structure_.operations[edge];
     const int64_t stride = structure_.stride(edge), h = structure_.states[edge] < 2 ? h_ : out_h_;
     const int64_t w = structure_.states[edge] < 2 ? w_ : out_w_;
@@ -560,7 +574,8 @@ class DiscreteCell {
       return std::unique_ptr<Operation<T>>(new Pool<T>(n_, c_, h, w, stride, name == "max_pool_3x3"));
     if (name == "skip_connect" && stride == 1) return std::unique_ptr<Operation<T>>(new Identity<T>(n_, c_ * h * w));
     const auto convolve = [&](auto kernel, int stages, int dilation) {
-      return make_conv_norm<T, decltype(kernel)::value>(n_, c_, c_, h, w, stages, stride, dilation, normalisation, cursor);
+      return make_conv_norm<T, decltype(kernel)::value>(n_, c_, c_, h, w, stages, stride, dilation, normalisation,
+                                                        weights);
     };
     if (name == "skip_connect") return convolve(std::integral_constant<int, 1>(), 1, 1);
     if (name == "sep_conv_3x3") return convolve(std::integral_constant<int, 3>(), 2, 1);
@@ -568,25 +583,25 @@ class DiscreteCell {
     if (name == "sep_conv_7x7") return convolve(std::integral_constant<int, 7>(), 2, 1);
     if (name == "dil_conv_3x3") return convolve(std::integral_constant<int, 3>(), 1, 2);
     if (name == "dil_conv_5x5") return convolve(std::integral_constant<int, 5>(), 1, 2);
-    PD_THROW("this operator knows no operation ", name);
+    PD_THROW("darts_discrete_cell has no operation ", name);
   }
-  // States that are not in the output have room of their own.
-  int64_t own_states() const { return structure_.count() - structure_.concat.size(); }
-  void lay_out_states(T* out, T** saved) {
-    for (int64_t s = 0; s < structure_.count(); ++s) {
-      const int64_t size = s < 2 ? c_ * h_ * w_ : c_ * out_h_ * out_w_, at = structure_.place(s);
-      states_.push_back(at < 0 ? Images<T>{*saved, size} : in_output(out, at, size));
+  // The number of states that are not in the output; they have memory in `saved`.
+  int64_t states_outside_output() const { return structure_.state_count() - structure_.concat.size(); }
+  void assign_states(T* out, T** saved) {
+    for (int64_t s = 0; s < structure_.state_count(); ++s) {
+      const int64_t size = s < 2 ? c_ * h_ * w_ : c_ * out_h_ * out_w_, at = structure_.output_position(s);
+      states_.push_back(at < 0 ? Images<T>{*saved, size} : state_in_output(out, at, size));
       if (at < 0) *saved += n_ * size;
     }
   }
-  // The state of `size` numbers an image that is number `at` in the output.
+  // Returns state number `at` of the output; size: numbers per image of a state.
   template <typename P>
-  Images<P> in_output(P* out, int64_t at, int64_t size) const {
+  Images<P> state_in_output(P* out, int64_t at, int64_t size) const {
     return {out + at * size, static_cast<int64_t>(structure_.concat.size()) * size};
   }
   void clear(Images<T> images) const { std::fill(images.data, images.data + n_ * images.image, T(0)); }
   static Images<const T> input(const Tensor& x) { return {x.data<T>(), x.shape()[1] * x.shape()[2] * x.shape()[3]}; }
-  // masks: [N, edges that may be dropped].
+  // Returns the factors of an edge; masks [N, edges that can be dropped].
   Mask<T> mask_of(int edge, Mask<T> masks) const {
     if (!masks.data || !structure_.droppable(edge)) return {};
     int64_t number = 0;
@@ -597,8 +612,8 @@ class DiscreteCell {
   const Structure structure_;
   const Tensor &x0_, &x1_;
   std::vector<Tensor>* const gradients_;
-  const int64_t n_, c_, h_, w_, out_h_, out_w_;  // of the states 0 and 1, of the nodes
-  std::vector<std::unique_ptr<Operation<T>>> operations_;        // for both inputs, then for the edges
+  const int64_t n_, c_, h_, w_, out_h_, out_w_;  // sizes of states 0 and 1, of the nodes
+  std::vector<std::unique_ptr<Operation<T>>> operations_;        // of both inputs, then of the edges
   std::vector<Images<T>> states_;
 };
 
@@ -609,31 +624,31 @@ Mask<T> masks_in(const Tensor& masks, bool masked) {
 
 std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks,
                             const std::vector<std::string>& operations, const std::vector<int>& states,
-                            const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool training,
-                            bool masked, float epsilon, float momentum) {
+                            const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev,
+                            bool training, bool masked, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
   const Tensor& x = inputs[1];
   const auto empty = [&](const std::vector<int64_t>& shape) { return paddle::empty(shape, x.dtype(), x.place()); };
   Tensor out = empty(structure.out_shape(x.shape())), new_running = empty(running.shape()), saved, statistics;
   PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_discrete_cell", ([&] {
     DiscreteCell<data_t> cell(inputs, nullptr, structure, {training, epsilon, momentum});
-    saved = empty({cell.saved_size()}), statistics = empty({cell.normalised(), 2});
+    saved = empty({cell.saved_size()}), statistics = empty({cell.normalised_channels(), 2});
     cell.forward(masks_in<data_t>(masks, masked), running.data<data_t>(), out.data<data_t>(), saved.data<data_t>(),
                  statistics.data<data_t>(), new_running.data<data_t>());
   }));
   return {out, saved, statistics, new_running};
 }
 
-std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& masks, const Tensor& out, const Tensor& saved,
-                             const Tensor& statistics, const Tensor& out_gradient,
+std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& masks, const Tensor& out,
+                             const Tensor& saved, const Tensor& statistics, const Tensor& out_gradient,
                              const std::vector<std::string>& operations, const std::vector<int>& states,
-                             const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool training,
-                             bool masked, float epsilon, float momentum) {
+                             const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev,
+                             bool training, bool masked, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
-  std::vector<Tensor> gradients;                   // those of x0 and x1 are written, those of kernels are added up
-  for (const Tensor& each : inputs)
-    gradients.push_back(gradients.size() < 2 ? paddle::empty(each.shape(), each.dtype(), each.place())
-                                             : paddle::zeros(each.shape(), each.dtype(), each.place()));
+  std::vector<Tensor> gradients;                   // those of x0 and x1 are written, those of weights are added to
+  for (const Tensor& input : inputs)
+    gradients.push_back(gradients.size() < 2 ? paddle::empty(input.shape(), input.dtype(), input.place())
+                                             : paddle::zeros(input.shape(), input.dtype(), input.place()));
   PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell_grad", ([&] {
     DiscreteCell<data_t>(inputs, &gradients, structure, {training, epsilon, momentum})
         .backward(masks_in<data_t>(masks, masked), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
@@ -645,8 +660,8 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ma
 using Shape = std::vector<int64_t>;
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const Shape& running, const Shape&,
                               const std::vector<std::string>& operations, const std::vector<int>& states,
-                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool, bool,
-                              float, float) {
+                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool,
+                              bool, float, float) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
   return {structure.out_shape(inputs[1]), {-1}, {running[0] / 2, 2}, running};
 }
@@ -658,11 +673,11 @@ std::vector<DataType> InferDtype(const std::vector<DataType>& inputs, const Data
 
 }  // namespace
 
-#define DARTS_CELL_ATTRIBUTES                                                                                             \
-  {"operations: std::vector<std::string>", "states: std::vector<int>", "concat: std::vector<int>", "channels: int",      \
+#define DARTS_CELL_ATTRIBUTES                                                                                         \
+  {"operations: std::vector<std::string>", "states: std::vector<int>", "concat: std::vector<int>", "channels: int",  \
    "reduction: bool", "reduction_prev: bool", "training: bool", "masked: bool", "epsilon: float", "momentum: float"}
 
-// Paddle wants a list of gradients to be the only output, so all that has a gradient is one list.
+// Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_discrete_cell)
     .Inputs({paddle::Vec("Inputs"), "Running", "Masks"})
     .Outputs({"Out", "Saved", "Statistics", "NewRunning"})
