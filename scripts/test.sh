@@ -31,6 +31,7 @@ VENV=.venv bash scripts/setup.sh
 older=yes
 VENV=.venv-2.6.2 PADDLE_VERSION=2.6.2 bash scripts/setup.sh || { status=$?; [ $status = 3 ] || exit $status; older=; }
 
+command -v dot >/dev/null || echo "Graphviz's dot is missing, so the tests of drawings are skipped: apt install graphviz"
 output=$(mktemp)
 groups=()
 # KILL, because the tests and the code under test handle the other signals. A group includes what its tests have started.
