@@ -321,6 +321,7 @@ class Workers:
             # because it needs the workers until it has saved: they inherit this mask.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
             self._pool = ProcessPoolExecutor(count, multiprocessing.get_context('fork'), _exit_with_parent)
+            self._results = self._pool._result_queue._writer
             list(self._pool.map(time.sleep, [0.1] * count))       # forks all of them, also where Python forks on demand
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.processes = [child for child in multiprocessing.active_children() if child not in before]
@@ -352,12 +353,18 @@ class Workers:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if any(process.exitcode is not None for process in self.processes):
-            for process in self.processes:     # the broken pool joins all, but a lock may have died with one of them
-                process.kill()
-            self._pool._result_queue._writer.close()       # the last writer: ends a wait for the rest of a result
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+        if not self._pool:
+            return
+        closing = threading.Thread(target=self._pool.shutdown, kwargs={'cancel_futures': True}, daemon=True)
+        closing.start()
+        while closing.is_alive():
+            if any(process.exitcode for process in self.processes):
+                for process in self.processes:           # they may wait for a lock that has died with one of them
+                    process.kill()
+                closing.join(1)
+                if closing.is_alive() and not self._results.closed:
+                    self._results.close()                # the last writer: the pool waits for the rest of a result
+            closing.join(0.02)
 
 
 def _exit_with_parent():
