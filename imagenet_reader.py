@@ -330,8 +330,8 @@ class Workers:
         """Returns function(*arguments), called in one of the processes. Raises UserError if one of them died."""
         if not self._pool:
             return function(*arguments)
-        future = self._pool.submit(function, *arguments)
         try:
+            future = self._pool.submit(function, *arguments)
             # The pool waits without end for the rest of a result if its worker died while it sent it.
             while not wait([future], timeout=5).done:
                 if any(process.exitcode is not None for process in self.processes):

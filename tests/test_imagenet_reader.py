@@ -289,6 +289,14 @@ def test_the_death_of_an_idle_worker_does_not_block_the_exit():
         assert not any(process.is_alive() for process in workers.processes)
 
 
+def test_a_call_after_the_death_of_an_idle_worker_is_an_error_with_its_reason():
+    with Workers(1) as workers:
+        workers.processes[0].kill()
+        time.sleep(0.5)                        # the pool notices the death, and refuses the call
+        with pytest.raises(UserError, match='worker process .* died .*signal SIGKILL'):
+            workers.call(abs, -1)
+
+
 def test_workers_end_when_their_parent_is_killed():
     code = ('import time, imagenet_reader; workers = imagenet_reader.Workers(2); '
             'print(len(workers.processes), flush=True); time.sleep(60)')
