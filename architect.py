@@ -81,7 +81,7 @@ class Architect:
         self.adam.step()
 
     def alpha_gradients(self) -> dict[str, np.ndarray]:
-        """Returns d_alpha of the last step, without weight decay: {'alphas_normal', 'alphas_reduce': [14, 8]}."""
+        """Returns d_alpha of the last step, without weight decay: as `Supernet.alphas`."""
         return by_cell_kind(self.store.get(self.gradient_name))
 
     def _build_virtual_step(self) -> list:

@@ -1,23 +1,102 @@
-"""Genotypes: the published ones by name; reading, writing and checking them; derivation from alpha."""
+"""Search spaces and genotypes: the published ones by name; reading, writing and checking them; derivation."""
 from __future__ import annotations
 
 import json
 import os
 from collections import namedtuple
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 
 from utils import UserError
 
-# The operations of the search space, in the order of the columns of alpha.
-PRIMITIVES = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect',
-              'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
-# The operations of discrete cells, including those that only published genotypes use.
-OPERATIONS = PRIMITIVES[1:] + ('sep_conv_7x7', 'conv_7x1_1x7')
+NONE = 'none'                                        # the primitive that is zero; a derivation never chooses it
 
-NODES = 4                                            # intermediate nodes of a cell in the search
-FIRST_EDGE = tuple(sum(2 + n for n in range(node)) for node in range(NODES))     # 0, 2, 5, 9
-EDGES = sum(2 + node for node in range(NODES))       # 14; the edge from state j to node i is FIRST_EDGE[i] + j
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The operations that compete on every edge of a cell, and the number of its intermediate nodes.
+
+    primitives: names of operations.OPERATIONS, in the order of the columns of alpha. nodes: node i has an edge from
+    each of the 2 + i states before it; the edges are numbered by node, then by state, and are the rows of alpha.
+    Raises UserError for duplicates, for a space without an operation other than none, and for fewer than one node.
+    """
+    primitives: tuple[str, ...]
+    nodes: int = 4
+
+    def __post_init__(self):
+        object.__setattr__(self, 'primitives', tuple(self.primitives))        # the way to set a field of a frozen class
+        if not all(isinstance(name, str) and name for name in self.primitives):
+            raise UserError(f"primitives {list(self.primitives)}: each has to be the name of an operation")
+        duplicates = sorted({name for name in self.primitives if self.primitives.count(name) > 1})
+        if duplicates:
+            raise UserError(f"primitives {','.join(self.primitives)}: {', '.join(duplicates)} occurs more than once")
+        if not set(self.primitives) - {NONE}:
+            raise UserError(f"primitives {','.join(self.primitives) or '(empty)'}: at least one operation other than "
+                            f"{NONE} is needed")
+        if type(self.nodes) is not int or self.nodes < 1:
+            raise UserError(f"nodes is {self.nodes!r}, but a cell needs at least 1 node")
+
+    def __str__(self) -> str:
+        return f"{self.nodes} nodes, {','.join(self.primitives)}"
+
+    @classmethod
+    def of(cls, fields: dict) -> SearchSpace:
+        """Returns the space of a mapping from `as_dict`; raises ValueError for any other value."""
+        try:
+            return cls(**fields)
+        except (TypeError, UserError) as error:
+            raise ValueError(f"it records no search space: {error}") from None
+
+    def as_dict(self) -> dict:
+        """Returns {'primitives': [names], 'nodes': number}, the form of the space in files."""
+        return {'primitives': list(self.primitives), 'nodes': self.nodes}
+
+    @property
+    def edges(self) -> int:
+        """The number of edges of a cell: 14 with 4 nodes."""
+        return sum(2 + node for node in range(self.nodes))
+
+    @property
+    def first_edges(self) -> tuple[int, ...]:
+        """The first edge of each node: the edge from state j to node i is first_edges[i] + j."""
+        return tuple(sum(2 + n for n in range(node)) for node in range(self.nodes))
+
+    @property
+    def state_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The states whose edges are computed together: both inputs, then each node except the last."""
+        return ((0, 1), *((state,) for state in range(2, 1 + self.nodes)))
+
+    @property
+    def edge_names(self) -> list[str]:
+        """'state to node' of every edge, nodes numbered as states."""
+        return [f'{state} to {2 + node}' for node in range(self.nodes) for state in range(2 + node)]
+
+    def check_recorded(self, path: str, metadata: dict) -> None:
+        """Raises UserError unless the file `path` records this space in its metadata.
+
+        Files without a space are of version 0.1 or from another project; they are taken for the space of the paper.
+        """
+        recorded = recorded_space(path, metadata)
+        if recorded != self:
+            raise UserError(f"{path} is of another search space: {recorded} there, {self} now; "
+                            "give its --primitives and --nodes")
+
+
+# The space of the paper (arXiv 1806.09055, section 3.1).
+DARTS_SPACE = SearchSpace((NONE, 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect',
+                           'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5'), nodes=4)
+
+
+def recorded_space(path: str, metadata: dict) -> SearchSpace:
+    """Returns the space in the metadata of the file `path`, DARTS_SPACE if they have none; raises UserError for others.
+    """
+    try:
+        return SearchSpace.of(metadata['space']) if 'space' in metadata else DARTS_SPACE
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
 
 Genotype = namedtuple('Genotype', 'normal normal_concat reduce reduce_concat')
 Genotype.__doc__ = """A normal and a reduction cell. normal, reduce: two edges (operation, state) per node, nodes
@@ -81,10 +160,10 @@ GENOTYPES = {'NASNet': NASNet, 'AmoebaNet': AmoebaNet, 'DARTS_V1': DARTS_V1, 'DA
              'FASHION_MNIST_1': FASHION_MNIST_1}
 
 
-def load(name: str) -> Genotype:
+def load(name: str, known: Collection[str] | None = None) -> Genotype:
     """Returns the genotype with a name of GENOTYPES, or of a genotype.json (the output of `dumps`).
 
-    Raises UserError for a name that is neither, and for a file that holds no valid genotype.
+    known: as of `check`. Raises UserError for a name that is neither, and for a file that holds no valid genotype.
     """
     if name in GENOTYPES:
         return GENOTYPES[name]
@@ -93,21 +172,21 @@ def load(name: str) -> Genotype:
                         "or the path of a genotype.json that a search wrote")
     try:
         with open(name, encoding='utf-8') as file:
-            return check(json.loads(file.read(1 << 20)))
+            return check(json.loads(file.read(1 << 20)), known)
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{name} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
 
 
-def of_weights(path: str, metadata: dict, arch: str | None = None) -> Genotype:
+def of_weights(path: str, metadata: dict, arch: str | None = None, known: Collection[str] | None = None) -> Genotype:
     """Returns the genotype of the weight file `path`: that of its metadata, otherwise `arch` (as of `load`).
 
-    Raises UserError when both are missing and when they differ.
+    known: as of `check`. Raises UserError when both are missing and when they differ.
     """
     try:
-        recorded = check(metadata['genotype']) if metadata.get('genotype') else None
+        recorded = check(metadata['genotype'], known) if metadata.get('genotype') else None
     except ValueError as error:
         raise UserError(f"{path} records no valid genotype: {error}") from None
-    genotype = load(arch) if arch else recorded
+    genotype = load(arch, known) if arch else recorded
     if not genotype:
         raise UserError(f"{path} does not record its genotype: give --arch")
     if recorded not in (None, genotype):
@@ -120,11 +199,12 @@ def dumps(genotype: Genotype) -> str:
     return json.dumps(genotype._asdict())
 
 
-def check(fields: dict) -> Genotype:
+def check(fields: dict, known: Collection[str] | None = None) -> Genotype:
     """Returns the Genotype of a mapping with its four fields.
 
-    Raises ValueError for a missing or additional field, an unknown operation, an edge from a state that does not
-    precede its node, and a concat that names other states than nodes.
+    known: the names of operations that can be built, usually operations.OPERATIONS; None accepts every name, for a
+    drawing. Raises ValueError for a missing or additional field, an unknown operation, an edge from a state that does
+    not precede its node, and a concat that names other states than nodes.
     """
     if not isinstance(fields, dict) or set(fields) != set(Genotype._fields):
         raise ValueError(f"its fields have to be {', '.join(Genotype._fields)}")
@@ -134,9 +214,10 @@ def check(fields: dict) -> Genotype:
         if not isinstance(edges, (list, tuple)) or len(edges) % 2 or not edges:
             raise ValueError(f"{cell} has to be a list of edges, two for each node")
         for number, edge in enumerate(edges):
-            if not isinstance(edge, (list, tuple)) or len(edge) != 2 or edge[0] not in OPERATIONS:
-                raise ValueError(f"{cell} edge {number}, {edge!r}, has to be an operation "
-                                 f"({', '.join(OPERATIONS)}) and a state")
+            if not isinstance(edge, (list, tuple)) or len(edge) != 2 or not isinstance(edge[0], str) or not edge[0] \
+                    or edge[0] not in (known or edge):
+                names = f" ({', '.join(known)})" if known else ''
+                raise ValueError(f"{cell} edge {number}, {edge!r}, has to be an operation{names} and a state")
             if type(edge[1]) is not int or not 0 <= edge[1] < 2 + number // 2:
                 raise ValueError(f"{cell} edge {number}: state {edge[1]!r} is not among the "
                                  f"{2 + number // 2} states before node {number // 2}")
@@ -149,16 +230,10 @@ def check(fields: dict) -> Genotype:
     return Genotype(**checked)
 
 
-def softmax(alphas: np.ndarray) -> np.ndarray:
-    """Returns the softmax over the 8 operations of each edge: [..., 14, 8] -> the same shape."""
-    weights = np.exp(alphas - np.max(alphas, axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
 def entropy(weights: np.ndarray) -> float:
-    """Returns the mean over the edges of -sum p log p, in nats; weights: softmax of alpha [14, 8].
+    """Returns the mean over the edges of -sum p log p, in nats; weights: mixing weights [edges, primitives].
 
-    It falls from log 8 = 2.079, where all operations are equal, to 0, where one operation has all the weight.
+    It falls from the logarithm of the number of primitives, where all are equal, to 0, where one has all the weight.
     """
     weights = np.asarray(weights, 'float64')
     # 0 log 0 is 0.
@@ -170,25 +245,20 @@ def skip_connects(genotype: Genotype) -> int:
     return sum(operation == 'skip_connect' for operation, _ in genotype.normal)
 
 
-def edge_names() -> list[str]:
-    """Returns 'state to node' of every edge of a cell of the search space, nodes numbered as states."""
-    return [f'{state} to {2 + node}' for node in range(NODES) for state in range(2 + node)]
+def derive(space: SearchSpace, normal: np.ndarray, reduce: np.ndarray) -> Genotype:
+    """Returns the genotype of the mixing weights [edges, primitives] of both cells (arXiv 1806.09055, section 2.4).
 
-
-def derive(alphas_normal: np.ndarray, alphas_reduce: np.ndarray) -> Genotype:
-    """Returns the genotype of alpha [14, 8] of both kinds of cell (arXiv 1806.09055, section 2.4).
-
-    The strength of an edge is the largest softmax weight among its operations other than none, with the softmax over
-    all 8. Each node keeps its two strongest edges, the stronger first, and on each its strongest operation other than
-    none. With ties the lower index wins.
+    The strength of an edge is the largest weight among its operations other than none. Each node keeps its two
+    strongest edges, the stronger first, and on each its strongest operation other than none. With ties the lower index
+    wins.
     """
+    columns = [k for k, name in enumerate(space.primitives) if name != NONE]
     cells = []
-    for alphas in (alphas_normal, alphas_reduce):
-        weights = softmax(np.asarray(alphas, 'float64'))[:, 1:]          # without none
+    for weights in (normal, reduce):
         edges = []
-        for node, first in enumerate(FIRST_EDGE):
-            incoming = weights[first:first + 2 + node]                   # [states before the node, 7]
+        for node, first in enumerate(space.first_edges):
+            incoming = np.asarray(weights)[first:first + 2 + node, columns]          # [states before the node, columns]
             strongest = np.argsort(-incoming.max(axis=1), kind='stable')[:2]
-            edges += [(PRIMITIVES[1 + int(incoming[state].argmax())], int(state)) for state in strongest]
-        cells += [tuple(edges), tuple(range(2, 2 + NODES))]
+            edges += [(space.primitives[columns[incoming[state].argmax()]], int(state)) for state in strongest]
+        cells += [tuple(edges), tuple(range(2, 2 + space.nodes))]
     return Genotype(*cells)

@@ -17,8 +17,8 @@ from engine.network import Evaluation, FlatNetwork
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram
 from genotypes import Genotype
-from operations import (BN_EPSILON, BN_MOMENTUM, BatchNorm, conv, drop_path_masks, linear, mean_of_planes, operation,
-                        preprocess)
+from operations import (BN_EPSILON, BN_MOMENTUM, OPERATIONS, BatchNorm, conv, drop_path_masks, linear, mean_of_planes,
+                        operation, preprocess)
 from utils import UserError
 
 AUXILIARY = 'auxiliary_head.'               # prefix of the names of its weights
@@ -40,14 +40,15 @@ class Cell:
         self.operations = [operation(name, layout, f'{prefix}._ops.{n}', channels, stride)
                            for n, (name, stride) in enumerate(zip(names, strides))]
         # Drop path applies to all edges but identities.
-        self.droppable = [name != 'skip_connect' or stride == 2 for name, stride in zip(names, strides)]
+        self.droppable = [not OPERATIONS[name].is_identity(stride) for name, stride in zip(names, strides)]
         self.concat, self.channels_out = concat, len(concat) * channels
         # For the compiled operator: its attributes, and the weights with one tensor per shape of kernels, in the order
         # of their declaration.
         self.attributes = dict(operations=names, states=self.states, concat=concat, channels=channels,
                                reduction=reduction, reduction_prev=reduction_prev)
         self.weights = self.running = None
-        if custom_ops.OPERATIONS.issuperset(names):
+        self.compiled = custom_ops.OPERATIONS.issuperset(names)
+        if self.compiled:
             self.weights = list(layout.fused_views(first).values())
             self.running, = layout.statistics.fused_views(first_statistic).values()
         # The kernels that run over images of the size of the input and of the output, for the count of multiply-adds.
@@ -57,8 +58,8 @@ class Cell:
 
     def __call__(self, s0, s1, masks=None):
         """masks: None, or the factors of drop path [N, edges other than identities, 1, 1]."""
-        fused = self.weights and custom_ops.enabled()
-        return (self.as_one_operator if fused else self.by_operations)(s0, s1, masks)
+        compiled = self.compiled and custom_ops.enabled()
+        return (self.as_one_operator if compiled else self.by_operations)(s0, s1, masks)
 
     def by_operations(self, s0, s1, masks):
         """Adds the cell to the program operation by operation."""

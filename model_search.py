@@ -3,11 +3,11 @@
 A cell, edge by edge (tests/reference/supernet.py is this definition as a program):
 
     states = [preprocess0(s0), preprocess1(s1)]
-    for node in range(4):
+    for node in range(space.nodes):
         total = 0
-        for j, state in enumerate(states):                         # 14 edges in all
-            weights = softmax(alpha[edge])                          # alpha of this kind of cell, [14, 8]
-            total += sum(weights[k] * operation[edge, k](state) for k in range(8))
+        for j, state in enumerate(states):                          # 14 edges in all with 4 nodes
+            weights = softmax(alpha[edge])                          # alpha of this kind of cell, [edges, primitives]
+            total += sum(weights[k] * operation[edge, k](state) for k in range(len(space.primitives)))
             edge += 1
         states.append(total)
     return concat(states[2:])
@@ -23,9 +23,10 @@ The same function, batched, in a fraction of the operators:
     a pool per edge                               | one per state: pools have no weights
     a weighted sum over pools and skip_connect    | one 1x1 convolution whose kernel is softmax(alpha)
 
-The supernet is a pure function (theta, alphas, images, labels) -> loss, top-1, top-5, gradients; alphas is [2, 14, 8]
-for both kinds of cell. On the CPU a compiled operator computes a cell, where it is available (engine/custom_ops).
-tests/test_model_search.py compares both ways with the edge-by-edge reference.
+The supernet is a pure function (theta, alphas, images, labels) -> loss, top-1, top-5, gradients; alphas is
+[2, edges, primitives] for both kinds of cell. The space is data: genotypes.SearchSpace names the primitives, and
+operations.OPERATIONS defines them. On the CPU a compiled operator computes a cell, where it is available
+(engine/custom_ops). tests/test_model_search.py compares both ways with the edge-by-edge reference.
 """
 from __future__ import annotations
 
@@ -41,119 +42,131 @@ from engine import custom_ops
 from engine.network import Evaluation, FlatNetwork
 from engine.parameters import FlatBuffer, FlatParameters, check_finite
 from engine.programs import StaticProgram
-from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES, Genotype, derive, softmax
-from operations import (BN_EPSILON, BatchNorm, DilConv, FactorizedReduce, ReLUConvBN, SepConv, States, avg_pool,
-                        batch_norm, conv, linear, max_pool, mean_of_planes)
+from genotypes import DARTS_SPACE, Genotype, SearchSpace, derive
+from operations import (BN_EPSILON, OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, States, batch_norm,
+                        check_known, conv, linear, mean_of_planes)
 from utils import UserError
-
-# The columns of alpha, in the order of PRIMITIVES.
-NONE, MAX_POOL, AVG_POOL, SKIP, SEP_3, SEP_5, DIL_3, DIL_5 = range(len(PRIMITIVES))
-
-# The states of a cell in the groups that are computed together: both inputs are available from the start.
-STATE_GROUPS = ((0, 1), (2,), (3,), (4,))
 
 CELL_KINDS = ('normal', 'reduce')           # the first axis of alphas
 
 Gradients = namedtuple('Gradients', 'loss top1 top5 weights alphas')
 
 
+def mixing_weights(alphas):
+    """Returns the mixing weights of the operations on each edge, in the program under construction.
+
+    alphas: logits [..., primitives]. The supernet, the derivation of the genotype and the log use this function alone.
+    """
+    return F.softmax(alphas, axis=-1)
+
+
+def add_up(summands: list):
+    return paddle.add_n(summands) if len(summands) > 1 else summands[0]
+
+
 class MixedOps:
     """The mixed operations on all edges that leave a group of states.
 
-    An edge is sum_k softmax(alpha)_k op_k(state). The edges are computed together, ordered by node, then by state.
+    An edge is sum_k w_k op_k(state) with the mixing weights w. The edges are computed together, ordered by node, then
+    by state.
     """
 
-    def __init__(self, layout: FlatParameters, mixing: FlatBuffer, prefix: str, states: tuple, channels: int,
-                 reduction: bool):
+    def __init__(self, layout: FlatParameters, mixing: FlatBuffer, space: SearchSpace, prefix: str, states: tuple,
+                 channels: int, reduction: bool):
         self.states, self.channels = len(states), channels
-        self.stride = 2 if reduction and max(states) < 2 else 1
-        nodes = [node for node in range(NODES) if 2 + node > max(states)]
+        self.stride = stride = 2 if reduction and max(states) < 2 else 1
+        nodes = [node for node in range(space.nodes) if 2 + node > max(states)]
         self.nodes = len(nodes)
-        edges = [FIRST_EDGE[node] + state for node in nodes for state in states]
+        edges = [space.first_edges[node] + state for node in nodes for state in states]
+        entries = [OPERATIONS[name] for name in space.primitives]
+        # Columns of alpha: operations with weights, those that are the identity with another stride last; pools; the
+        # identity. The rest is zero.
+        weighted = sorted((k for k, entry in enumerate(entries) if entry.has_weights(stride)),
+                          key=lambda k: entries[k].identity)
+        pools = [k for k, entry in enumerate(entries) if entry.pool]
+        identities = [k for k, entry in enumerate(entries) if entry.is_identity(stride)]
+        self.pools, self.identities = [entries[k].pool for k in pools], len(identities)
 
-        def names(k: int) -> list[str]:
-            return [f'{prefix}._ops.{edge}._ops.{k}' for edge in edges]
-
-        self.ops = {
-            SEP_3: SepConv(layout, names(SEP_3), channels, 3, self.stride, affine=False),
-            SEP_5: SepConv(layout, names(SEP_5), channels, 5, self.stride, affine=False),
-            DIL_3: DilConv(layout, names(DIL_3), channels, 3, self.stride, affine=False),
-            DIL_5: DilConv(layout, names(DIL_5), channels, 5, self.stride, affine=False)}
-        unweighted = [MAX_POOL, AVG_POOL]
-        if self.stride == 2:
-            self.ops[SKIP] = FactorizedReduce(layout, names(SKIP), channels, channels, affine=False)
-        else:
-            unweighted.append(SKIP)
-
-        # softmax(alpha) enters as the scale of every channel of the BN that ends an operation with weights, and as a
+        # The mixing weights enter as the scale of every channel of the BN that ends an operation with weights, and as a
         # kernel that mixes the results without weights into [nodes] outputs.
-        def entry(edge: int, k: int) -> int:
-            return (int(reduction) * EDGES + edge) * len(PRIMITIVES) + k
+        def entry_of(edge: int, k: int) -> int:
+            return (int(reduction) * space.edges + edge) * len(entries) + k
 
-        self.scales = {k: mixing.add(len(edges), [channels]) for k in self.ops}
-        for k, scale in self.scales.items():
-            scale.source = np.repeat([entry(edge, k) for edge in edges], channels)
-        self.mix = mixing.add(1, [len(nodes), len(unweighted) * len(states), 1, 1])
-        self.mix.source = [entry(FIRST_EDGE[node] + state, k)
-                           for node in nodes for k in unweighted for state in states]
+        self.ops = []                              # (function, whether it ends in a BN, mixing weights by channel)
+        for k in weighted:
+            names = [f'{prefix}._ops.{edge}._ops.{k}' for edge in edges]
+            function = entries[k].build(layout, names, channels, stride, affine=False)
+            scale = mixing.add(len(edges), [channels])
+            scale.source = np.repeat([entry_of(edge, k) for edge in edges], channels)
+            self.ops.append((function, entries[k].ends_in_norm, scale))
+        self.mix = None
+        if pools + identities:
+            self.mix = mixing.add(1, [len(nodes), len(pools + identities) * len(states), 1, 1])
+            self.mix.source = [entry_of(space.first_edges[node] + state, k)
+                               for node in nodes for k in pools + identities for state in states]
 
     def __call__(self, x):
         """x: the states side by side [N, states * C, H, W]; returns summands, each [N, nodes * C, H', W']."""
-        states = States(x, self.nodes)
-        # Operations with weights, each [N, nodes * states * C, H', W'].
-        weighted = [op(states if k != SKIP else states.rectified, self.scales[k].tensor)
-                    for k, op in self.ops.items()]
+        height, width = (size // self.stride for size in x.shape[2:])
+        summands = self._with_weights(States(x, self.nodes))         # [N, nodes * states * C, H', W']
+        if self.states > 1 and summands:
+            by_state = paddle.reshape(add_up(summands), [0, self.nodes, self.states, self.channels * height * width])
+            summands = [paddle.reshape(paddle.sum(by_state, axis=2), [0, self.nodes * self.channels, height, width])]
+        if self.mix:
+            parts = [x] * self.identities
+            if self.pools:
+                pools = [pool(x, self.stride) for pool in self.pools]
+                parts = [batch_norm(paddle.concat(pools, axis=1) if len(pools) > 1 else pools[0]), *parts]
+            x = paddle.concat(parts, axis=1) if len(parts) > 1 else parts[0]           # [N, ops * states * C, H', W']
+            # A 1x1 convolution over the operations: [N, ops * states, C * H', W'] -> [N, nodes, C * H', W'].
+            mixed = conv(paddle.reshape(x, [0, self.mix.shape[1], self.channels * height, width]), self.mix)
+            summands.append(paddle.reshape(mixed, [0, self.nodes * self.channels, height, width]))
+        return summands
 
-        pools = [max_pool(x, self.stride), avg_pool(x, self.stride)]
-        unweighted = batch_norm(paddle.concat(pools, axis=1))
-        if self.stride == 1:
-            unweighted = paddle.concat([unweighted, x], axis=1)           # [N, 3 * states * C, H, W]
-        height, width = unweighted.shape[2:]
-        plane = self.channels * height
-        # A 1x1 convolution over the operations: [N, ops * states, C * H, W] -> [N, nodes, C * H, W].
-        unweighted = conv(paddle.reshape(unweighted, [0, self.mix.shape[1], plane, width]), self.mix)
-
-        if self.states == 1:
-            return weighted + [paddle.reshape(unweighted, [0, self.nodes * self.channels, height, width])]
-        by_state = paddle.reshape(paddle.add_n(weighted), [0, self.nodes, self.states, plane * width])
-        total = paddle.reshape(paddle.sum(by_state, axis=2), [0, self.nodes, plane, width]) + unweighted
-        return [paddle.reshape(total, [0, self.nodes * self.channels, height, width])]
+    def _with_weights(self, states: States) -> list:
+        results = []
+        for function, ends_in_norm, scale in self.ops:
+            if ends_in_norm:
+                results.append(function(states, scale.tensor))
+            else:
+                results.append(function(states) * paddle.reshape(scale.tensor, [1, -1, 1, 1]))
+        return results
 
 
 class Cell:
-    """A cell of the supernet: (s0, s1), the outputs of the two cells before, -> [N, 4 * C, H', W']."""
+    """A cell of the supernet: (s0, s1), the outputs of the two cells before, -> [N, nodes * C, H', W']."""
 
-    def __init__(self, layout: FlatParameters, mixing: FlatBuffer, prefix: str, c_prev_prev: int, c_prev: int,
-                 channels: int, reduction: bool, reduction_prev: bool):
-        self.channels, self.reduction = channels, reduction
+    def __init__(self, layout: FlatParameters, mixing: FlatBuffer, space: SearchSpace, prefix: str, c_prev_prev: int,
+                 c_prev: int, channels: int, reduction: bool, reduction_prev: bool):
+        self.space, self.channels, self.reduction = space, channels, reduction
         preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
         self.preprocess0 = preprocess0(layout, [f'{prefix}.preprocess0'], c_prev_prev, channels, affine=False)
         self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=False)
         first = len(layout.groups)
-        self.mixed = [MixedOps(layout, mixing, prefix, states, channels, reduction) for states in STATE_GROUPS]
-        views = layout.fused_views(first)
-        self.views = [views[shape] for shape in ((1, 3, 3), (1, 5, 5), (channels, 1, 1))]
+        self.mixed = [MixedOps(layout, mixing, space, prefix, states, channels, reduction)
+                      for states in space.state_groups]
+        self.weights = list(layout.fused_views(first).values())      # for the compiled operator, a tensor per shape
 
     def __call__(self, s0, s1, mixing, weight_gradients: bool):
-        """mixing: softmax(alpha) [14, 8] of this kind of cell; weight_gradients: whether they are needed."""
+        """mixing: mixing weights [edges, primitives] of this kind of cell for the compiled operator, or None.
+
+        weight_gradients: whether the gradients of the weights are needed.
+        """
         x = batch_norm(paddle.concat([self.preprocess0.convolve(s0), self.preprocess1.convolve(s1)], axis=1))
-        return self.as_one_operator(x, mixing, weight_gradients) if custom_ops.enabled() else self.batched(x)
+        return self.batched(x) if mixing is None else self.as_one_operator(x, mixing, weight_gradients)
 
     def as_one_operator(self, x, mixing, weight_gradients: bool):
         """Adds the mixed operations of both input states x [N, 2 * C, H, W] as one compiled operator."""
-        return custom_ops.mixed_cell(x, *(view.tensor for view in self.views), mixing, self.reduction,
-                                     weight_gradients, BN_EPSILON)
+        return custom_ops.mixed_cell(x, mixing, [view.tensor for view in self.weights], self.space.primitives,
+                                     self.space.nodes, self.reduction, weight_gradients, BN_EPSILON)
 
     def batched(self, x):
         """Adds the mixed operations of both input states x [N, 2 * C, H, W], batched by groups of states."""
         nodes, sums = [], []          # sums: contributions of the states so far to the incomplete nodes
         for mixed in self.mixed:
-            sums = mixed(x) + sums
-            total = paddle.add_n(sums) if len(sums) > 1 else sums[0]
-            if mixed.nodes == 1:
-                x, sums = total, []
-            else:
-                x, rest = paddle.split(total, [self.channels, (mixed.nodes - 1) * self.channels], axis=1)
+            x, sums = add_up(mixed(x) + sums), []
+            if mixed.nodes > 1:
+                x, rest = paddle.split(x, [self.channels, (mixed.nodes - 1) * self.channels], axis=1)
                 sums = [rest]
             nodes.append(x)
         return paddle.concat(nodes, axis=1)
@@ -164,48 +177,51 @@ class Supernet(FlatNetwork):
 
     channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype:
     'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
-    place: the device, the CPU when None; build_programs=False builds no program, for names and shapes only.
-    Raises UserError for sizes that cannot be built.
+    space: the primitives on each edge and the number of nodes; place: the device, the CPU when None;
+    build_programs=False builds no program, for names and shapes only. Raises UserError for sizes that cannot be built
+    and for a primitive that operations.OPERATIONS lacks.
 
-    The weights are the vector `theta` of the store, alpha is `alphas` [2, 14, 8] (normal, reduce); `run` leaves the
-    gradients of both in `gradient` and `alpha_gradient`, on the device.
+    The weights are the vector `theta` of the store, alpha is `alphas` [2, edges, primitives] (normal, reduce); `run`
+    leaves the gradients of both in `gradient` and `alpha_gradient`, on the device.
 
     Batch normalisation uses the statistics of the batch, in validation too: alpha rescales the activations in every
     step, and running statistics would lag behind.
 
     >>> import numpy as np
     >>> from architect import Architect
+    >>> from genotypes import SearchSpace
     >>> from model_search import Supernet
-    >>> supernet = Supernet(channels=4, classes=10, layers=3, dtype='float64', image_size=8)
+    >>> space = SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), nodes=4)             # default: DARTS_SPACE
+    >>> supernet = Supernet(channels=4, classes=10, layers=3, dtype='float64', image_size=8, space=space)
     >>> rng = np.random.default_rng(0)
     >>> train, valid = [(rng.normal(size=(6, 3, 8, 8)), rng.integers(0, 10, (6, 1))) for _ in range(2)]
 
     Weights and alpha go in and come out by the names of the authors' PyTorch implementation:
 
     >>> weights = supernet.weights()
-    >>> weights['cells.0._ops.3._ops.4.op.1.weight'].shape
+    >>> weights['cells.0._ops.3._ops.2.op.1.weight'].shape
     (4, 1, 3, 3)
     >>> supernet.set_weights({'stem.0.weight': weights['stem.0.weight'] / 2})
-    >>> supernet.set_alphas({'alphas_normal': np.zeros((14, 8)), 'alphas_reduce': np.zeros((14, 8))})
+    >>> supernet.set_alphas({'alphas_normal': np.zeros((14, 3)), 'alphas_reduce': np.zeros((14, 3))})
 
     Loss and gradients of a batch:
 
     >>> result = supernet.gradients(*train)
     >>> result.weights['classifier.bias'].shape, result.alphas['alphas_reduce'].shape
-    ((10,), (14, 8))
+    ((10,), (14, 3))
 
     One step of the architect, and the gradient of alpha that it took:
 
     >>> architect = Architect(supernet)
     >>> architect.step(train, valid, lr=0.025)
     >>> architect.alpha_gradients()['alphas_normal'].shape
-    (14, 8)
+    (14, 3)
     >>> supernet.genotype().normal_concat
     (2, 3, 4, 5)
     """
 
     def __init__(self, channels: int = 16, classes: int = 10, layers: int = 8, dtype: str = 'float32', seed: int = 0,
-                 image_size: int = 32, place=None, build_programs: bool = True):
+                 image_size: int = 32, space: SearchSpace = DARTS_SPACE, place=None, build_programs: bool = True):
         if layers < 3:
             raise UserError(f"layers is {layers}, but two reduction cells after the first cell need at least 3")
         if channels < 2 or channels % 2:
@@ -213,8 +229,10 @@ class Supernet(FlatNetwork):
                             "the output of FactorizedReduce consists of two halves")
         if image_size < 4 or image_size % 4:
             raise UserError(f"images of {image_size} x {image_size} cannot be halved twice")
+        check_known(space.primitives)
         super().__init__(classes, image_size, FlatParameters())
-        self.mixing = FlatBuffer()
+        self.space, self.mixing = space, FlatBuffer()
+        self.compiled = build_programs and custom_ops.enabled_for(space.primitives)
         c_prev_prev = c_prev = 3 * channels
         self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
         self.stem_norm = BatchNorm(self.layout, ['stem.1'], c_prev, affine=True)
@@ -223,27 +241,29 @@ class Supernet(FlatNetwork):
             reduction = i in (layers // 3, 2 * layers // 3)
             if reduction:
                 channels *= 2
-            self.cells.append(Cell(self.layout, self.mixing, f'cells.{i}', c_prev_prev, c_prev, channels,
+            self.cells.append(Cell(self.layout, self.mixing, space, f'cells.{i}', c_prev_prev, c_prev, channels,
                                    reduction, reduction_prev))
-            c_prev_prev, c_prev, reduction_prev = c_prev, NODES * channels, reduction
+            c_prev_prev, c_prev, reduction_prev = c_prev, space.nodes * channels, reduction
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
         self.mixing.assign_offsets()
-        self.mixing_source = np.empty(self.mixing.size, 'int32')         # indices into softmax(alphas)
+        self.mixing_source = np.empty(self.mixing.size, 'int32')         # indices into the mixing weights
         for group in self.mixing.groups:
             self.mixing_source[group.offset:group.offset + group.size] = group.source
 
         rng = np.random.default_rng(seed)
         self._allocate(place, dtype, rng)
-        self.store.set('alphas', rng.normal(0, 1e-3, (2, EDGES, len(PRIMITIVES))), saved=True)
-        self.store.set('alpha_gradient', np.zeros((2, EDGES, len(PRIMITIVES))))
+        shape = len(CELL_KINDS), space.edges, len(space.primitives)
+        self.store.set('alphas', rng.normal(0, 1e-3, shape), saved=True)
+        self.store.set('alpha_gradient', np.zeros(shape))
         if not build_programs:
             return
         self._run = StaticProgram(self.store, lambda: self._build(['theta', 'alphas']))
         self._evaluate = StaticProgram(self.store, lambda: self._build([]))
         self._run_alphas = self._run             # Paddle's operators always compute all gradients
-        if custom_ops.enabled():
+        if self.compiled:
             self._run_alphas = StaticProgram(self.store, lambda: self._build(['alphas']))
+        self._mixing_weights = StaticProgram(self.store, lambda: [mixing_weights(self.store.variable('alphas'))])
 
     def _build(self, differentiated: list[str]) -> list:
         """Builds a program with the gradients of the vectors `differentiated`; returns [loss, top-1, top-5]."""
@@ -260,9 +280,9 @@ class Supernet(FlatNetwork):
         return [loss, *self._accuracies(logits, labels)]
 
     def _logits(self, images, theta, alphas, weight_gradients: bool):
-        self.layout.unpack(theta, fused=custom_ops.enabled())
-        weights = F.softmax(alphas, axis=-1)
-        if custom_ops.enabled():
+        self.layout.unpack(theta, fused=self.compiled)
+        weights = mixing_weights(alphas)
+        if self.compiled:
             mixing = [paddle.reshape(table, alphas.shape[1:]) for table in paddle.split(weights, 2, axis=0)]
         else:
             mixing = [None, None]          # the groups of self.mixing hold it
@@ -285,7 +305,7 @@ class Supernet(FlatNetwork):
         return Evaluation(*map(float, self._evaluate(**self.feed(images, labels))))
 
     def gradients(self, images: np.ndarray, labels: np.ndarray) -> Gradients:
-        """Returns loss, accuracies and the gradients by name: weights {name: array}, alphas {name: [14, 8]}."""
+        """Returns loss, accuracies and the gradients by name: weights {name: array}, alphas as `alphas`."""
         evaluation = self.run(self.feed(images, labels))
         return Gradients(*evaluation, self.layout.named(self.store.get('gradient')),
                          by_cell_kind(self.store.get('alpha_gradient')))
@@ -305,7 +325,7 @@ class Supernet(FlatNetwork):
         self.set_alphas(alphas)
 
     def alphas(self) -> dict[str, np.ndarray]:
-        """Returns {'alphas_normal': [14, 8], 'alphas_reduce': [14, 8]}, before the softmax."""
+        """Returns the logits {'alphas_normal', 'alphas_reduce': [edges, primitives]}."""
         return by_cell_kind(self.store.get('alphas'))
 
     def set_alphas(self, alphas: dict[str, np.ndarray]) -> None:
@@ -321,14 +341,14 @@ class Supernet(FlatNetwork):
         self.store.set('alphas', both)
 
     def mixing_weights(self) -> dict[str, np.ndarray]:
-        """Returns the softmax of alpha: {'alphas_normal': [14, 8], 'alphas_reduce': [14, 8]}."""
-        return {name: softmax(alphas) for name, alphas in self.alphas().items()}
+        """Returns the mixing weights of the current alpha: {'alphas_normal', 'alphas_reduce': [edges, primitives]}."""
+        return by_cell_kind(self._mixing_weights()[0])
 
     def genotype(self) -> Genotype:
         """Returns the genotype of the current alpha."""
-        return derive(**self.alphas())
+        return derive(self.space, *self.mixing_weights().values())
 
 
 def by_cell_kind(alphas: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns {'alphas_normal': [14, 8], 'alphas_reduce': [14, 8]} of an array [2, 14, 8]."""
+    """Returns {'alphas_normal', 'alphas_reduce': [edges, primitives]} of an array [2, edges, primitives]."""
     return {f'alphas_{kind}': array for kind, array in zip(CELL_KINDS, alphas)}

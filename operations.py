@@ -1,4 +1,4 @@
-"""The operations of the search space as builders of static graphs.
+"""The operations of search spaces and discrete cells as builders of static graphs, and the table of them, OPERATIONS.
 
 A class declares its weights when it is created and adds its operators to the program under construction when it is
 called. It computes n edges at once: `prefixes` are the names of the edges, the input is [N, n * C, H, W] with edge e
@@ -10,7 +10,9 @@ convolution becomes a grouped one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import engine  # noqa: F401  before paddle
 import paddle
@@ -18,6 +20,8 @@ import paddle.nn.functional as F
 
 from engine.parameters import FlatParameters, ParameterGroup
 from engine.programs import constant
+from genotypes import NONE
+from utils import UserError
 
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9                # of running statistics, in Paddle's sense: the part that is kept
@@ -45,7 +49,7 @@ def mean_of_planes(x):
 
 
 class States:
-    """States side by side, [N, C, H, W], as input of operations that begin with a ReLU.
+    """States side by side, x [N, C, H, W], as input of the operations on the edges that leave them.
 
     copies: the number of edges that leave each state; the edges are numbered copy by copy.
     """
@@ -55,9 +59,14 @@ class States:
 
     @functools.cached_property
     def rectified(self):
-        """The input of all edges, [N, copies * C, H, W], shared by the operations."""
+        """relu(x) for every edge, [N, copies * C, H, W]; operations that begin with a ReLU share it."""
         x = F.relu(self.x)
         return paddle.tile(x, [1, self.copies, 1, 1]) if self.copies > 1 else x
+
+    @functools.cached_property
+    def repeated(self):
+        """x for every edge, [N, copies * C, H, W], for operations that do not begin with a ReLU."""
+        return paddle.tile(self.x, [1, self.copies, 1, 1]) if self.copies > 1 else self.x
 
 
 def max_pool(x, stride: int):
@@ -71,8 +80,8 @@ def avg_pool(x, stride: int):
 def batch_norm(x, scale=None, shift=None):
     """Normalises x [N, C, H, W] by the statistics of the batch (arXiv 1502.03167).
 
-    scale, shift: variables [C]; without a scale neither is applied. The supernet passes softmax(alpha) as scale,
-    without a shift: softmax(alpha) * BN(x) needs no operator of its own.
+    scale, shift: variables [C]; without a scale neither is applied. The supernet passes mixing weights as scale,
+    without a shift: the product of a mixing weight and BN(x) needs no operator of its own.
     """
     channels = x.shape[1]
     # Paddle requires a scale and a shift, and both or neither with gradients.
@@ -141,8 +150,10 @@ class FactorizedReduce:
         self.norm = BatchNorm(layout, [f'{p}.bn' for p in prefixes], c_out, affine)
 
     def convolve(self, x):
-        """Returns the result before the BN; a second ReLU on a rectified x changes nothing."""
-        x = F.relu(x)
+        """Returns the result before the BN, of x before the ReLU."""
+        return self._convolve(F.relu(x))
+
+    def _convolve(self, x):
         first = conv(x, self.first, stride=2, groups=self.edges)
         second = conv(x[:, :, 1:, 1:], self.second, stride=2, groups=self.edges)
         if self.edges == 1:
@@ -152,8 +163,8 @@ class FactorizedReduce:
         halves = [paddle.reshape(h, [0, self.edges, self.c_half * height, width]) for h in (first, second)]
         return paddle.reshape(paddle.concat(halves, axis=2), [0, self.edges * self.c_half * 2, height, width])
 
-    def __call__(self, x, scale=None):
-        return self.norm(self.convolve(x), scale)
+    def __call__(self, states, scale=None):
+        return self.norm(self._convolve(states.rectified), scale)
 
 
 class SeparableConv:
@@ -183,16 +194,16 @@ class SeparableConv:
 class DilConv(SeparableConv):
     """A separable convolution with dilation 2."""
 
-    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, kernel: int, stride: int,
-                 affine: bool):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, stride: int, affine: bool,
+                 kernel: int):
         super().__init__(layout, prefixes, channels, kernel, stride, affine, dilation=2, first=1)
 
 
 class SepConv:
     """Two separable convolutions, the second with stride 1."""
 
-    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, kernel: int, stride: int,
-                 affine: bool):
+    def __init__(self, layout: FlatParameters, prefixes: Sequence[str], channels: int, stride: int, affine: bool,
+                 kernel: int):
         self.first = SeparableConv(layout, prefixes, channels, kernel, stride, affine, dilation=1, first=1)
         self.second = SeparableConv(layout, prefixes, channels, kernel, 1, affine, dilation=1, first=5)
 
@@ -214,23 +225,75 @@ class Conv7x1_1x7:
         return self.norm(conv(x, self.column, [self.stride, 1], [3, 0], groups=self.edges), scale)
 
 
+def skip_connect(layout: FlatParameters, prefixes: Sequence[str], channels: int, stride: int, affine: bool) -> Callable:
+    """Returns the operation of skip_connect that has weights: with stride 2, where the identity is not possible."""
+    return FactorizedReduce(layout, prefixes, channels, channels, affine)
+
+
+class Operation(NamedTuple):
+    """How an operation is built, and what the supernet has to know to weight its result.
+
+    build: (layout, prefixes, channels, stride, affine) -> a function of `States` that computes the n = len(prefixes)
+        edges at once, [N, n * C, H', W']. It declares its weights by names that begin with the prefix of the edge, and
+        affine says whether its batch normalisations have a scale and a shift. None: there are no weights.
+    ends_in_norm: whether the function of `build` ends in a batch normalisation and takes a second argument, the scale
+        of that normalisation: the supernet passes the mixing weights there. If not, it multiplies the result by them.
+    pool: (x, stride) -> the result on every plane of x, for an operation without weights. The supernet computes it once
+        per state and normalises it.
+    identity: whether the operation returns its input when the stride is 1; `build` is then for stride 2.
+    """
+    build: Callable | None = None
+    ends_in_norm: bool = True
+    pool: Callable | None = None
+    identity: bool = False
+
+    def has_weights(self, stride: int) -> bool:
+        """Whether the operation has weights with this stride."""
+        return self.build is not None and not self.is_identity(stride)
+
+    def is_identity(self, stride: int) -> bool:
+        """Whether the operation returns its input with this stride."""
+        return self.identity and stride == 1
+
+
+# What can be an edge of a supernet or of a discrete cell. An operation that is added here needs no other change.
+OPERATIONS = {
+    NONE: Operation(),                                               # zero
+    'max_pool_3x3': Operation(pool=max_pool),
+    'avg_pool_3x3': Operation(pool=avg_pool),
+    'skip_connect': Operation(skip_connect, identity=True),
+    'sep_conv_3x3': Operation(partial(SepConv, kernel=3)),
+    'sep_conv_5x5': Operation(partial(SepConv, kernel=5)),
+    'sep_conv_7x7': Operation(partial(SepConv, kernel=7)),
+    'dil_conv_3x3': Operation(partial(DilConv, kernel=3)),
+    'dil_conv_5x5': Operation(partial(DilConv, kernel=5)),
+    'conv_7x1_1x7': Operation(Conv7x1_1x7),
+}
+
+
+def check_known(names: Iterable[str]) -> None:
+    """Raises UserError for a name that is not in OPERATIONS."""
+    unknown = [name for name in names if name not in OPERATIONS]
+    if unknown:
+        raise UserError(f"unknown operation {unknown[0]!r}: operations.OPERATIONS has {', '.join(OPERATIONS)}")
+
+
 def operation(name: str, layout: FlatParameters, prefix: str, channels: int, stride: int) -> Callable:
     """Returns the operation `name` on one edge of a discrete network, a function of x [N, C, H, W].
 
     The result has the shape of x, with stride 2 half its height and width. Every BN has a scale and a shift.
+    Raises UserError for a name that is not in OPERATIONS.
     """
-    if name in ('max_pool_3x3', 'avg_pool_3x3'):
-        pool = max_pool if name == 'max_pool_3x3' else avg_pool
-        return lambda x: pool(x, stride)
-    if name == 'skip_connect':
-        return FactorizedReduce(layout, [prefix], channels, channels, affine=True) if stride == 2 else lambda x: x
-    if name == 'conv_7x1_1x7':
-        convolve = Conv7x1_1x7(layout, [prefix], channels, stride, affine=True)
-    else:
-        kind, kernel = {'sep_conv_3x3': (SepConv, 3), 'sep_conv_5x5': (SepConv, 5), 'sep_conv_7x7': (SepConv, 7),
-                        'dil_conv_3x3': (DilConv, 3), 'dil_conv_5x5': (DilConv, 5)}[name]
-        convolve = kind(layout, [prefix], channels, kernel, stride, affine=True)
-    return lambda x: convolve(States(x))
+    check_known([name])
+    entry = OPERATIONS[name]
+    if entry.has_weights(stride):
+        function = entry.build(layout, [prefix], channels, stride, affine=True)
+        return lambda x: function(States(x))
+    if entry.is_identity(stride):
+        return lambda x: x
+    if entry.pool:
+        return lambda x: entry.pool(x, stride)
+    return lambda x: paddle.zeros_like(x[:, :, ::stride, ::stride])
 
 
 def preprocess(layout: FlatParameters, prefix: str, c_in: int, c_out: int, reduction_prev: bool) -> Callable:
@@ -239,7 +302,8 @@ def preprocess(layout: FlatParameters, prefix: str, c_in: int, c_out: int, reduc
     reduction_prev: whether it halves height and width too, as s0 needs it after a reduction cell.
     """
     if reduction_prev:
-        return FactorizedReduce(layout, [prefix], c_in, c_out, affine=True)
+        reduce = FactorizedReduce(layout, [prefix], c_in, c_out, affine=True)
+        return lambda x: reduce(States(x))
     return ReLUConvBN(layout, [prefix], c_in, c_out, affine=True)
 
 

@@ -28,8 +28,8 @@ SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell
 HEADERS = [os.path.join(HERE, 'kernels.h')]
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
 
-# The operations that a discrete_cell may have; conv_7x1_1x7 of AmoebaNet is not among them.
-OPERATIONS = {'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'sep_conv_7x7',
+# The operations that both compiled cells compute.
+OPERATIONS = {'none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'sep_conv_7x7',
               'dil_conv_3x3', 'dil_conv_5x5'}
 
 _state = {'enabled': False, 'loaded': False}
@@ -44,6 +44,15 @@ def enable(wanted: bool = True) -> bool:
     """Switches the operators on or off and returns whether they are on; logs why they cannot be switched on."""
     _state['enabled'] = bool(wanted) and _load()
     return _state['enabled']
+
+
+def enabled_for(primitives) -> bool:
+    """Whether a supernet of these primitives uses `mixed_cell`; logs why not when the operators are enabled."""
+    missing = [name for name in primitives if name not in OPERATIONS]
+    if enabled() and missing:
+        log.info(f"{', '.join(missing)}: not among the compiled operators, so Paddle's own compute the cells of the "
+                 "supernet, and steps are slower")
+    return enabled() and not missing
 
 
 @contextlib.contextmanager
@@ -80,17 +89,17 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
                           'momentum': momentum})[::3]
 
 
-def mixed_cell(x, depthwise3, depthwise5, pointwise, mixing, reduction: bool, weight_gradients: bool, epsilon: float):
+def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, weight_gradients: bool, epsilon: float):
     """Adds all mixed operations of a supernet cell as one operator; model_search.Cell.batched adds the same function.
 
-    x [N, 2 * C, H, W]: both input states; depthwise3 [14 * 3 * C, 1, 3, 3], depthwise5 [14 * 3 * C, 1, 5, 5],
-    pointwise [14 * 6 * C, C, 1, 1] (in a reduction cell 8 * C more): weights in the order of README.md; mixing [14, 8]:
-    softmax of alpha; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the normalisations.
-    Returns the four nodes [N, 4 * C, H', W'].
+    x [N, 2 * C, H, W]: both input states; mixing [edges, primitives]: mixing weights; weights: a tensor
+    [rows, columns, k, k] for each pair (columns, k), rows in the order of README.md; primitives: names from OPERATIONS;
+    weight_gradients: False leaves the gradients of the weights 0; epsilon: of the normalisations.
+    Returns the nodes [N, nodes * C, H', W'].
     """
-    return _add_operator('darts_mixed_cell', {'X': x, 'Depthwise3': depthwise3, 'Depthwise5': depthwise5,
-                                              'Pointwise': pointwise, 'Mixing': mixing}, ['Out', 'Saved', 'Statistics'],
-                         {'reduction': reduction, 'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+    return _add_operator('darts_mixed_cell', {'Inputs@VECTOR': [x, mixing, *weights]}, ['Out', 'Saved', 'Statistics'],
+                         {'primitives': list(primitives), 'nodes': nodes, 'reduction': reduction,
+                          'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
 
 
 def _add_operator(operator: str, inputs: dict, outputs: list[str], attributes: dict) -> list:
