@@ -25,7 +25,7 @@ log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
-HEADERS = [os.path.join(HERE, 'kernels.h')]
+HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h')]
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
 
 # The operations that both compiled cells compute.

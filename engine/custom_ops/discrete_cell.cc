@@ -1,10 +1,6 @@
 // A cell of a discrete network as one operator for the CPU, from the outputs of the two cells before to its own output.
 // README.md in this folder explains the memory layout and the order of the loops.
-#include "kernels.h"
-
-#include <cmath>
-#include <memory>
-#include <string>
+#include "cells.h"
 
 int darts_threads = 0;                           // of both operators, see kernels.h
 
@@ -29,43 +25,6 @@ struct Mask {
 struct Normalisation {
   bool training;                                 // by the batch, and update the running statistics; else by them
   double epsilon, momentum;
-};
-
-// Assigns the weights of a cell to its operations. Every call returns the next rows of a tensor.
-template <typename T>
-class Weights {
- public:
-  // inputs: those of the operator. From the third on they are tensors [rows, columns, k, k], one per pair (columns, k),
-  // and one tensor [rows] of all scales and shifts. gradients: tensors of the same shapes, or null.
-  Weights(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients)
-      : values_(inputs), gradients_(gradients), used_(inputs.size(), 0) {}
-
-  struct Weight {
-    const T* value;
-    T* gradient;
-  };
-  Weight take(int64_t rows, int64_t columns, int64_t kernel) {
-    for (size_t k = 2; k < values_.size(); ++k) {
-      const auto shape = values_[k].shape();
-      const bool fits = columns ? shape.size() == 4 && shape[1] == columns && shape[2] == kernel : shape.size() == 1;
-      const int64_t size = rows * (columns ? columns * kernel * kernel : 1);
-      if (!fits || used_[k] + size > values_[k].numel()) continue;
-      const int64_t from = used_[k];
-      used_[k] += size;
-      return {values_[k].data<T>() + from, gradients_ ? (*gradients_)[k].template data<T>() + from : nullptr};
-    }
-    PD_THROW("the cell has no weights for an operation of its genotype");
-  }
-  Weight take_affine(int64_t size) { return take(size, 0, 0); }
-  void check_all_used() const {
-    for (size_t k = 2; k < values_.size(); ++k)
-      PD_CHECK(used_[k] == values_[k].numel(), "the cell has more weights than the operations of its genotype");
-  }
-
- private:
-  const std::vector<Tensor>& values_;
-  std::vector<Tensor>* gradients_;
-  std::vector<int64_t> used_;
 };
 
 // Positions in the tensors of a cell; every operation advances them by its size.
@@ -115,6 +74,23 @@ class Identity : public Operation<T> {
 
  private:
   const int64_t n_, size_;
+};
+
+// The operation none: zero.
+template <typename T>
+class Zero : public Operation<T> {
+ public:
+  // size, out_size: numbers per image of the input and of the output.
+  Zero(int64_t n, int64_t size, int64_t out_size) : n_(n), size_(size), out_size_(out_size) {}
+  void forward(Images<const T>, Mask<T>, bool add, Images<T> out) override {
+    for (int64_t k = 0; k < n_ && !add; ++k) std::fill_n(out.data + k * out.image, out_size_, T(0));
+  }
+  void backward(Images<const T>, Mask<T>, Images<const T>, bool add, Images<T> to, T*) override {
+    for (int64_t k = 0; k < n_ && !add; ++k) std::fill_n(to.data + k * to.image, size_, T(0));
+  }
+
+ private:
+  const int64_t n_, size_, out_size_;
 };
 
 template <typename T>
@@ -178,19 +154,22 @@ class Pool : public Operation<T> {
 };
 
 // ReLU, depthwise K x K, pointwise, batch normalisation, in one or two stages. K = 1 means no depthwise convolution:
-// with stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels read grids one pixel
-// apart.
-template <typename T, int L, int K>
+// with stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels read different grids.
+template <typename T, int L>
 class ConvNorm : public Operation<T> {
  public:
-  ConvNorm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, int stages, int64_t stride,
-           int64_t dilation, const Normalisation& normalisation, Weights<T>* weights)
-      : n_(n), c_in_(c_in), c_(channels), stages_(stages), dilation_(dilation), normalisation_(normalisation),
-        halves_(K == 1 ? stride : 1), first_(Geometry::of<T>(h, w, stride, dilation * (K / 2), L)),
-        second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, K / 2, L)), size_(first_.size),
-        plane_(first_.out_h * first_.out_w), pointwise_(weights->take(stages * c_, c_in, 1)),
-        affine_(weights->take_affine(2 * stages * c_)) {
-    if constexpr (K > 1) depthwise_ = weights->take(stages * c_, 1, K);
+  ConvNorm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w, const ConvolutionKind& kind, int64_t stride,
+           const Normalisation& normalisation, Weights<T>* weights)
+      : n_(n), c_in_(c_in), c_(channels), kernel_(kind.kernel), stages_(kind.stages), normalisation_(normalisation),
+        halves_(kernel_ == 1 ? stride : 1), first_(Geometry::of<T>(h, w, stride, kind.dilation * (kernel_ / 2), L)),
+        second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, kernel_ / 2, L)), size_(first_.size),
+        plane_(first_.out_h * first_.out_w), grid_(first_, c_in), pointwise_(weights->take(stages_ * c_, c_in, 1)),
+        affine_(weights->take_affine(2 * stages_ * c_)) {
+    PD_CHECK(c_ % halves_ == 0, "the output of FactorizedReduce consists of two halves: the channels have to be even");
+    if (kernel_ == 1) return;
+    depthwise_ = weights->take(stages_ * c_, 1, kernel_);
+    for (int stage = 0; stage < stages_; ++stage)
+      convolutions_.push_back(make_separable<T, L>(kernel_, geometry(stage), kind.dilation, c_));
   }
 
   // Saved: results of the convolutions [N, stages, C planes]. Workspace: gradient of the output of the first of two
@@ -218,13 +197,13 @@ class ConvNorm : public Operation<T> {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < n_; ++n) {
           T* result = saved_ + (n * stages_ + stage) * c_ * size_;
-          if constexpr (K > 1) {
+          if (kernel_ > 1) {
             prepare(stage, n, x, padded);
-            Separable<T, L, K>(geometry(stage), dilation_, c_).forward(
-                padded, depthwise_.value + stage * c_ * K * K, pointwise_.value + stage * c_ * c_, inner, result);
+            convolutions_[stage]->forward(padded, depthwise_.value + stage * c_ * taps(),
+                                          pointwise_.value + stage * c_ * c_, inner, result);
           } else {
             for (int64_t half = 0; half < halves_; ++half) {
-              rectify(x, n, half, inner);
+              grid_.gather(x.data + n * x.image, half, inner);
               multiply<T, L>(pointwise_.value + half * half_channels() * c_in_, c_in_, 1, inner, first_.step,
                              half_channels(), c_in_, size_, result + half * half_channels() * size_, size_);
             }
@@ -270,15 +249,15 @@ class ConvNorm : public Operation<T> {
 
   void backward(Images<const T> x, Mask<T> mask, Images<const T> out_gradient, bool add, Images<T> to,
                 T* first_gradient) override {
-    const int64_t depthwise_size = K == 1 ? 0 : stages_ * c_ * K * K, pointwise_size = stages_ * c_ * c_in_;
-    const std::vector<T> flipped = flip(depthwise_.value, depthwise_size / (K * K), K * K);
+    const int64_t depthwise_size = depthwise_.size, pointwise_size = pointwise_.size;
+    const std::vector<T> flipped = flip(depthwise_.value, depthwise_size / taps(), taps());
     PartialSums<T> partial;
     std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
 #pragma omp parallel num_threads(threads())
     {
       T* const weight_gradients = partial.thread_sums(depthwise_size + pointwise_size);
-      const int64_t in_plane = K == 1 || first_.stride == 1 ? first_.step : first_.plane;
+      const int64_t in_plane = kernel_ == 1 || first_.stride == 1 ? first_.step : first_.plane;
       const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
       Scratch<T> scratch(padded_size() + 2 * inner_size() + 2 * c_ * first_.step + in_size + border);
@@ -321,32 +300,32 @@ class ConvNorm : public Operation<T> {
           d_mean[c] = normalisation_.training ? total / count : 0;
           slope[c] = normalisation_.training ? rstd * rstd * dot / count : 0;
         }
-        if (K > 1) std::fill(bordered, bordered + g.plane, T(0));
+        if (kernel_ > 1) std::fill(bordered, bordered + g.plane, T(0));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < n_; ++n) {
           const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           for (int64_t c = 0; c < c_; ++c)
             batch_norm_backward(first_, out_gradient_of(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1],
                                 d_mean[c], mean_rstd[2 * c], slope[c], gradient + c * first_.step);
-          if constexpr (K == 1) {
+          if (kernel_ == 1) {
             for (int64_t half = 0; half < halves_; ++half) {
               const T* d_half = gradient + half * half_channels() * first_.step;
               const int64_t at = half * half_channels() * c_in_;
-              rectify(x, n, half, inner);
+              grid_.gather(x.data + n * x.image, half, inner);
               add_outer<T, L>(d_half, first_.step, inner, first_.step, half_channels(), c_in_, size_,
                               weight_gradients + at);
               multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, half_channels(), size_,
                              in_gradient, first_.step);
-              rectify_backward(x, n, half, in_gradient, add, to);
+              grid_.backward(x.data + n * x.image, half, in_gradient, add, to.data + n * to.image);
             }
           } else {
             prepare(stage, n, x, padded);
             std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
-            Separable<T, L, K>(g, dilation_, c_)
-                .backward(padded, depthwise_.value + stage * c_ * K * K, flipped.data() + stage * c_ * K * K,
-                          pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered,
-                          weight_gradients + stage * c_ * K * K, weight_gradients + depthwise_size + stage * c_ * c_,
-                          in_gradient);
+            const int64_t at = stage * c_ * taps();
+            convolutions_[stage]->backward(padded, depthwise_.value + at, flipped.data() + at,
+                                           pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered,
+                                           weight_gradients + at, weight_gradients + depthwise_size + stage * c_ * c_,
+                                           in_gradient);
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {
                 const int64_t at = c * g.h * g.w;
@@ -365,15 +344,16 @@ class ConvNorm : public Operation<T> {
         }
       }
     }
-    if (K > 1) partial.add_to(depthwise_.gradient, 0, depthwise_size);
+    if (kernel_ > 1) partial.add_to(depthwise_.gradient, 0, depthwise_size);
     partial.add_to(pointwise_.gradient, depthwise_size, pointwise_size);
   }
 
  private:
   const Geometry& geometry(int stage) const { return stage == 0 ? first_ : second_; }
   int64_t half_channels() const { return c_ / halves_; }
+  int64_t taps() const { return kernel_ * kernel_; }
   // Numbers of the padded planes, and of the results between depthwise and pointwise convolution.
-  int64_t padded_size() const { return K == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
+  int64_t padded_size() const { return kernel_ == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
   int64_t inner_size() const { return c_in_ * first_.step; }
 
   // Computes the padded planes that the convolution of a stage reads.
@@ -391,83 +371,60 @@ class ConvNorm : public Operation<T> {
     }
   }
 
-  // For K = 1: copies the rectified places of a grid to planes at distances of first_.step. `rectify_backward` computes
-  // the gradient of x from the gradient of these planes.
-  void rectify(Images<const T> x, int64_t n, int64_t half, T* to) const {
-    halves_ == 1 ? rectify_with<1>(x, n, half, to) : rectify_with<2>(x, n, half, to);
-  }
-  template <int S>
-  void rectify_with(Images<const T> x, int64_t n, int64_t half, T* to) const {
-    for (int64_t c = 0; c < c_in_; ++c, to += first_.step) {
-      const T* from = x.data + n * x.image + (c * first_.h + half) * first_.w + half;
-      for (int64_t i = 0; i < grid_rows(); ++i)
-#pragma omp simd
-        for (int64_t j = 0; j < grid_columns(); ++j) {
-          const T value = from[i * S * first_.w + j * S];
-          to[i * first_.out_row + j] = value < 0 ? T(0) : value;              // keeps a NaN
-        }
-    }
-  }
-  void rectify_backward(Images<const T> x, int64_t n, int64_t half, const T* gradient, bool add, Images<T> to) const {
-    for (int64_t c = 0; c < c_in_; ++c, gradient += first_.step) {
-      const int64_t plane = c * first_.h * first_.w, first = plane + half * (first_.w + 1);
-      const T* value = x.data + n * x.image + first;
-      T *all = to.data + n * to.image + plane, *target = to.data + n * to.image + first;
-      if (!add && halves_ == 2 && half == 0) std::fill(all, all + first_.h * first_.w, T(0));
-      for (int64_t i = 0; i < grid_rows(); ++i) {
-        const T *in = value + i * halves_ * first_.w, *d = gradient + i * first_.out_row;
-        T* out = target + i * halves_ * first_.w;
-        if (halves_ == 2)
-          for (int64_t j = 0; j < first_.out_w; ++j) out[2 * j] += relu_grad(in[2 * j], d[j]);
-        else if (add)
-#pragma omp simd
-          for (int64_t j = 0; j < grid_columns(); ++j) out[j] += relu_grad(in[j], d[j]);
-        else
-#pragma omp simd
-          for (int64_t j = 0; j < grid_columns(); ++j) out[j] = relu_grad(in[j], d[j]);
-      }
-    }
-  }
-  // A grid with stride 1 whose rows are not rounded up counts as one long row.
-  int64_t grid_rows() const { return halves_ == 1 ? first_.rows() : first_.out_h; }
-  int64_t grid_columns() const { return halves_ == 1 ? first_.columns() : first_.out_w; }
-
   const int64_t n_, c_in_, c_;
-  const int stages_;
-  const int64_t dilation_;
+  const int kernel_, stages_;
   const Normalisation normalisation_;
   const int64_t halves_;
   const Geometry first_, second_;
   const int64_t size_, plane_;                   // numbers per plane of the result, in scratch and in a tensor
+  const RectifiedGrid<T> grid_;
   const typename Weights<T>::Weight pointwise_, affine_;
-  typename Weights<T>::Weight depthwise_{nullptr, nullptr};
+  typename Weights<T>::Weight depthwise_;
+  std::vector<std::unique_ptr<SeparableConvolution<T>>> convolutions_;       // of the stages
   T *saved_, *statistics_, *new_running_;
   const T* running_;
 };
 
-template <typename T, int K>
+template <typename T>
 std::unique_ptr<Operation<T>> make_conv_norm(int64_t n, int64_t c_in, int64_t channels, int64_t h, int64_t w,
-                                             int stages, int64_t stride, int64_t dilation,
+                                             const ConvolutionKind& kind, int64_t stride,
                                              const Normalisation& normalisation, Weights<T>* weights) {
   std::unique_ptr<Operation<T>> operation;
   dispatch_lanes<T>((w - 1) / stride + 1, [&](auto lanes) {
-    operation.reset(new ConvNorm<T, decltype(lanes)::value, K>(n, c_in, channels, h, w, stages, stride, dilation,
-                                                               normalisation, weights));
+    operation.reset(new ConvNorm<T, decltype(lanes)::value>(n, c_in, channels, h, w, kind, stride, normalisation,
+                                                            weights));
   });
   return operation;
 }
 
-// The cell that the attributes of the operator describe, by the rules of model.Cell. The states in `concat` are
-// different nodes: genotypes.check guarantees it.
+constexpr ConvolutionKind kPointwise = {"", 1, 1, 1};          // ReLUConvBN and FactorizedReduce
+
+// The cell that the attributes of the operator describe, by the rules of model.Cell.
 struct Structure {
   std::vector<std::string> operations;           // of the edges, two per node
   std::vector<int> states, concat;               // the state that each edge reads; the states in the output
   int64_t channels;
   bool reduction, reduction_prev;
 
+  // Raises an error for attributes that describe no cell.
+  const Structure& check() const {
+    PD_CHECK(!operations.empty() && operations.size() % 2 == 0 && states.size() == operations.size() && channels > 0,
+             "a cell needs channels, and two operations and states per node");
+    for (size_t edge = 0; edge < operations.size(); ++edge) {
+      check_operation(operations[edge]);
+      PD_CHECK(states[edge] >= 0 && states[edge] < 2 + int(edge / 2), "an edge reads a state that does not precede it");
+    }
+    PD_CHECK(!concat.empty(), "a cell needs an output");
+    for (int state : concat)
+      PD_CHECK(state >= 2 && state < state_count() && std::count(concat.begin(), concat.end(), state) == 1,
+               "the states in the output have to be different nodes");
+    return *this;
+  }
+
   // Returns the shape of the output; x: shape of the output of the cell before, with -1 for an unknown batch size.
   std::vector<int64_t> out_shape(const std::vector<int64_t>& x) const {
     const int64_t stride = reduction ? 2 : 1;
+    PD_CHECK(x.size() == 4, "the inputs of a cell have to be [N, C, H, W]");
     PD_CHECK(x[2] % stride == 0 && x[3] % stride == 0,
              "a reduction cell halves height and width: they have to be even");
     return {x[0], channels * static_cast<int64_t>(concat.size()), x[2] / stride, x[3] / stride};
@@ -480,6 +437,11 @@ struct Structure {
     return found == concat.end() ? -1 : found - concat.begin();
   }
   bool droppable(int edge) const { return operations[edge] != "skip_connect" || stride(edge) == 2; }
+  int64_t droppable_edges() const {
+    int64_t count = 0;
+    for (size_t edge = 0; edge < operations.size(); ++edge) count += droppable(edge);
+    return count;
+  }
 };
 
 template <typename T>
@@ -492,12 +454,13 @@ class DiscreteCell {
         c_(structure.channels), h_(x1_.shape()[2]), w_(x1_.shape()[3]), out_h_(structure.out_shape(x1_.shape())[2]),
         out_w_(structure.out_shape(x1_.shape())[3]) {
     const int64_t scale = structure.reduction_prev ? 2 : 1;
-    PD_CHECK(x0_.shape()[0] == n_ && x0_.shape()[2] == scale * h_ && x0_.shape()[3] == scale * w_,
-             "the two inputs of a cell differ in batch size, height or width");
+    PD_CHECK(x0_.shape().size() == 4 && x0_.shape()[0] == n_ && x0_.shape()[2] == scale * h_ &&
+                 x0_.shape()[3] == scale * w_ && h_ > 0 && w_ > 0 && x0_.shape()[1] > 0 && x1_.shape()[1] > 0,
+             "the two inputs of a cell differ in batch size, height or width, or are empty");
     Weights<T> weights(inputs, gradients);
-    operations_.push_back(make_conv_norm<T, 1>(n_, x0_.shape()[1], c_, x0_.shape()[2], x0_.shape()[3], 1,
-                                               structure.reduction_prev ? 2 : 1, 1, normalisation, &weights));
-    operations_.push_back(make_conv_norm<T, 1>(n_, x1_.shape()[1], c_, h_, w_, 1, 1, 1, normalisation, &weights));
+    operations_.push_back(make_conv_norm<T>(n_, x0_.shape()[1], c_, x0_.shape()[2], x0_.shape()[3], kPointwise,
+                                            structure.reduction_prev ? 2 : 1, normalisation, &weights));
+    operations_.push_back(make_conv_norm<T>(n_, x1_.shape()[1], c_, h_, w_, kPointwise, 1, normalisation, &weights));
     for (size_t edge = 0; edge < structure.operations.size(); ++edge)
       operations_.push_back(make(edge, normalisation, &weights));
     weights.check_all_used();
@@ -570,20 +533,12 @@ class DiscreteCell {
     const std::string& name = structure_.operations[edge];
     const int64_t stride = structure_.stride(edge), h = structure_.states[edge] < 2 ? h_ : out_h_;
     const int64_t w = structure_.states[edge] < 2 ? w_ : out_w_;
-    if (name == "max_pool_3x3" || name == "avg_pool_3x3")
+    if (name == "none") return std::unique_ptr<Operation<T>>(new Zero<T>(n_, c_ * h * w, c_ * out_h_ * out_w_));
+    if (is_pool(name))
       return std::unique_ptr<Operation<T>>(new Pool<T>(n_, c_, h, w, stride, name == "max_pool_3x3"));
     if (name == "skip_connect" && stride == 1) return std::unique_ptr<Operation<T>>(new Identity<T>(n_, c_ * h * w));
-    const auto convolve = [&](auto kernel, int stages, int dilation) {
-      return make_conv_norm<T, decltype(kernel)::value>(n_, c_, c_, h, w, stages, stride, dilation, normalisation,
-                                                        weights);
-    };
-    if (name == "skip_connect") return convolve(std::integral_constant<int, 1>(), 1, 1);
-    if (name == "sep_conv_3x3") return convolve(std::integral_constant<int, 3>(), 2, 1);
-    if (name == "sep_conv_5x5") return convolve(std::integral_constant<int, 5>(), 2, 1);
-    if (name == "sep_conv_7x7") return convolve(std::integral_constant<int, 7>(), 2, 1);
-    if (name == "dil_conv_3x3") return convolve(std::integral_constant<int, 3>(), 1, 2);
-    if (name == "dil_conv_5x5") return convolve(std::integral_constant<int, 5>(), 1, 2);
-    PD_THROW("darts_discrete_cell has no operation ", name);
+    const ConvolutionKind* kind = find_convolution(name);
+    return make_conv_norm<T>(n_, c_, c_, h, w, kind ? *kind : kPointwise, stride, normalisation, weights);
   }
   // The number of states that are not in the output; they have memory in `saved`.
   int64_t states_outside_output() const { return structure_.state_count() - structure_.concat.size(); }
@@ -622,16 +577,31 @@ Mask<T> masks_in(const Tensor& masks, bool masked) {
   return {masked ? masks.data<T>() : nullptr, masked ? masks.shape()[1] : 0};
 }
 
+// Checks attributes and inputs of the operator, except for the weights; returns the shape of the output.
+Shape check_inputs(const Structure& structure, const std::vector<Tensor>& inputs, const Tensor& masks, bool masked,
+                   float epsilon, float momentum) {
+  PD_CHECK(inputs.size() >= 2 && epsilon > 0 && momentum >= 0 && momentum <= 1,
+           "a cell needs two inputs, a positive epsilon and a momentum from 0 to 1");
+  check_types(inputs);
+  if (masked) {
+    check_types({inputs[0], masks});
+    check_shape("the tensor of masks", masks, {inputs[1].shape()[0], structure.droppable_edges(), 1, 1});
+  }
+  return structure.check().out_shape(inputs[1].shape());
+}
+
 std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks,
                             const std::vector<std::string>& operations, const std::vector<int>& states,
                             const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev,
                             bool training, bool masked, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
-  const Tensor& x = inputs[1];
-  const auto empty = [&](const std::vector<int64_t>& shape) { return paddle::empty(shape, x.dtype(), x.place()); };
-  Tensor out = empty(structure.out_shape(x.shape())), new_running = empty(running.shape()), saved, statistics;
-  PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_discrete_cell", ([&] {
+  const Shape shape = check_inputs(structure, inputs, masks, masked, epsilon, momentum);
+  check_types({inputs[0], running});
+  const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, running.dtype(), running.place()); };
+  Tensor out = empty(shape), new_running = empty(running.shape()), saved, statistics;
+  PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell", ([&] {
     DiscreteCell<data_t> cell(inputs, nullptr, structure, {training, epsilon, momentum});
+    check_shape("the tensor of running statistics", running, {2 * cell.normalised_channels()});
     saved = empty({cell.saved_size()}), statistics = empty({cell.normalised_channels(), 2});
     cell.forward(masks_in<data_t>(masks, masked), running.data<data_t>(), out.data<data_t>(), saved.data<data_t>(),
                  statistics.data<data_t>(), new_running.data<data_t>());
@@ -645,24 +615,27 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ma
                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev,
                              bool training, bool masked, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
-  std::vector<Tensor> gradients;                   // those of x0 and x1 are written, those of weights are added to
-  for (const Tensor& input : inputs)
-    gradients.push_back(gradients.size() < 2 ? paddle::empty(input.shape(), input.dtype(), input.place())
-                                             : paddle::zeros(input.shape(), input.dtype(), input.place()));
+  const Shape shape = check_inputs(structure, inputs, masks, masked, epsilon, momentum);
+  check_types({inputs[0], out, saved, statistics, out_gradient});
+  check_shape("the output", out, shape);
+  check_shape("the gradient of the output", out_gradient, shape);
+  std::vector<Tensor> gradients = gradients_of(inputs, 2);
   PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell_grad", ([&] {
-    DiscreteCell<data_t>(inputs, &gradients, structure, {training, epsilon, momentum})
-        .backward(masks_in<data_t>(masks, masked), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
+    DiscreteCell<data_t> cell(inputs, &gradients, structure, {training, epsilon, momentum});
+    check_shape("the tensor of saved results", saved, {cell.saved_size()});
+    check_shape("the tensor of statistics", statistics, {cell.normalised_channels(), 2});
+    cell.backward(masks_in<data_t>(masks, masked), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
                   out_gradient.data<data_t>());
   }));
   return gradients;
 }
 
-using Shape = std::vector<int64_t>;
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const Shape& running, const Shape&,
                               const std::vector<std::string>& operations, const std::vector<int>& states,
                               const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool,
                               bool, float, float) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
+  PD_CHECK(inputs.size() >= 2 && running.size() == 1, "a cell needs two inputs and a vector of running statistics");
   return {structure.out_shape(inputs[1]), {-1}, {running[0] / 2, 2}, running};
 }
 

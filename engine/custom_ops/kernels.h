@@ -1,4 +1,5 @@
 // Kernels that both operators of this folder use: convolutions, products, pools and normalisations of image planes.
+// cells.h has what they share about cells.
 // README.md in this folder explains the memory layout and the order of the loops.
 #pragma once
 
@@ -437,33 +438,35 @@ void add_outer(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t r
 }
 
 // A separable convolution of the C channels of one image for one edge: depthwise [C, K, K], then pointwise [C, C].
-template <typename T, int L, int K>
-struct Separable {
-  const Geometry& g;
-  Taps<K> taps;
-  int64_t channels;
-
-  Separable(const Geometry& g, int64_t dilation, int64_t channels) : g(g), taps(g, dilation), channels(channels) {}
-
-  // Writes the depthwise results of C padded planes to inner, C planes at distances of g.step.
-  void depthwise(const T* padded, const T* weight, T* inner) const {
-    for (int64_t c = 0; c < channels; ++c)
-      correlate<T, L, K, false>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
-  }
-
-  // out: C planes at distances of g.size.
-  void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const {
-    depthwise(padded, weight, inner);
-    multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size);
-  }
-
+template <typename T>
+class SeparableConvolution {
+ public:
+  virtual ~SeparableConvolution() = default;
+  // padded: C planes. inner: memory for C planes at distances of g.step. out: C planes at distances of g.size.
+  virtual void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const = 0;
   // Adds the gradients of the weights (unless their pointers are null) and of the input. gradient: of the output, C
   // planes at distances of g.step, 0 in the columns from out_w on. in_gradient: with stride 1 C planes at distances of
   // g.step without padding, otherwise in the layout of the padded planes. flipped: the depthwise kernels from `flip`.
   // inner, inner_gradient: memory for C planes at distances of g.step. bordered: memory for a padded plane, with a
   // border of 0.
+  virtual void backward(const T* padded, const T* weight, const T* flipped, const T* pointwise, const T* gradient,
+                        T* inner, T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient,
+                        T* in_gradient) const = 0;
+};
+
+template <typename T, int L, int K>
+class Separable : public SeparableConvolution<T> {
+ public:
+  Separable(const Geometry& g, int64_t dilation, int64_t channels) : g(g), taps(g, dilation), channels(channels) {}
+
+  void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
+    depthwise(padded, weight, inner);
+    multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size);
+  }
+
   void backward(const T* padded, const T* weight, const T* flipped, const T* pointwise, const T* gradient, T* inner,
-                T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient, T* in_gradient) const {
+                T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient,
+                T* in_gradient) const override {
     if (weight_gradient) {
       depthwise(padded, weight, inner);
       add_outer<T, L>(gradient, g.step, inner, g.step, channels, channels, g.size, pointwise_gradient);
@@ -482,7 +485,30 @@ struct Separable {
       }
     }
   }
+
+ private:
+  void depthwise(const T* padded, const T* weight, T* inner) const {
+    for (int64_t c = 0; c < channels; ++c)
+      correlate<T, L, K, false>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
+  }
+
+  const Geometry g;
+  const Taps<K> taps;
+  const int64_t channels;
 };
+
+// kernel: 3, 5 or 7.
+template <typename T, int L>
+std::unique_ptr<SeparableConvolution<T>> make_separable(int kernel, const Geometry& g, int64_t dilation,
+                                                        int64_t channels) {
+  typedef std::unique_ptr<SeparableConvolution<T>> Pointer;
+  switch (kernel) {
+    case 3: return Pointer(new Separable<T, L, 3>(g, dilation, channels));
+    case 5: return Pointer(new Separable<T, L, 5>(g, dilation, channels));
+    case 7: return Pointer(new Separable<T, L, 7>(g, dilation, channels));
+  }
+  PD_THROW("there is no separable convolution of this kernel size: ", kernel);
+}
 
 // Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row]. A plane is first copied into a border that does not
 // change the result: -infinity for the maximum, 0 for the mean, which divides by the number of places inside of the
@@ -705,6 +731,60 @@ void relu_backward(const Geometry& g, const T* x, const T* gradient, bool add, T
       for (int64_t j = 0; j < g.w; ++j) to[j] = relu_grad(x[j], from[j]);
   }
 }
+
+// The input of a 1x1 convolution after a ReLU: with stride 1 all places of a plane [h, w], with stride 2 one of the two
+// grids of FactorizedReduce, which take every second place; grid 1 starts one pixel further down and right. Planes of a
+// grid have the layout of output planes and distances of g.step.
+template <typename T>
+class RectifiedGrid {
+ public:
+  RectifiedGrid(const Geometry& g, int64_t channels) : g_(g), channels_(channels) {}
+
+  // Copies the rectified places of `channels` planes x to the planes `to`.
+  void gather(const T* x, int64_t grid, T* to) const {
+    g_.stride == 1 ? gather_strided<1>(x, grid, to) : gather_strided<2>(x, grid, to);
+  }
+  // Computes to = (with add: +=) the gradient of x from the gradient of the grid. Without add the other places of a
+  // plane are set to 0 by grid 0 and kept by grid 1.
+  void backward(const T* x, int64_t grid, const T* gradient, bool add, T* to) const {
+    const int64_t plane = g_.h * g_.w, first = grid * (g_.w + 1);
+    for (int64_t c = 0; c < channels_; ++c, x += plane, to += plane, gradient += g_.step) {
+      if (g_.stride == 2 && !add && grid == 0) std::fill(to, to + plane, T(0));
+      for (int64_t i = 0; i < rows(); ++i) {
+        const T *in = x + first + i * g_.stride * g_.w, *d = gradient + i * g_.out_row;
+        T* out = to + first + i * g_.stride * g_.w;
+        if (g_.stride == 2)
+          for (int64_t j = 0; j < g_.out_w; ++j) out[2 * j] += relu_grad(in[2 * j], d[j]);
+        else if (add)
+#pragma omp simd
+          for (int64_t j = 0; j < columns(); ++j) out[j] += relu_grad(in[j], d[j]);
+        else
+#pragma omp simd
+          for (int64_t j = 0; j < columns(); ++j) out[j] = relu_grad(in[j], d[j]);
+      }
+    }
+  }
+
+ private:
+  template <int S>
+  void gather_strided(const T* x, int64_t grid, T* to) const {
+    for (int64_t c = 0; c < channels_; ++c, x += g_.h * g_.w, to += g_.step) {
+      const T* from = x + grid * (g_.w + 1);
+      for (int64_t i = 0; i < rows(); ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < columns(); ++j) {
+          const T value = from[i * S * g_.w + j * S];
+          to[i * g_.out_row + j] = value < 0 ? T(0) : value;                  // keeps a NaN
+        }
+    }
+  }
+  // A grid with stride 1 whose rows are not rounded up counts as one long row.
+  int64_t rows() const { return g_.stride == 1 ? g_.rows() : g_.out_h; }
+  int64_t columns() const { return g_.stride == 1 ? g_.columns() : g_.out_w; }
+
+  const Geometry g_;
+  const int64_t channels_;
+};
 
 // Gradients of weights. Each thread sums them over its images, and the sums are added in the order of the threads, so
 // that equal runs are bit-identical.

@@ -1,491 +1,607 @@
-// All mixed operations of a supernet cell as one operator for the CPU, from both input states to the four nodes.
+// All mixed operations of a supernet cell as one operator for the CPU, from both input states to the nodes.
 // README.md in this folder explains the memory layout and the order of the loops.
-#include "kernels.h"
-
-#include <array>
-#include <cmath>
+#include "cells.h"
 
 namespace {
 
-constexpr int kNodes = 4, kEdges = 14, kStates = 5, kGroups = 4, kPrimitives = 8;
-// The columns of alpha, in the order of genotypes.PRIMITIVES.
-enum Primitive { kNone, kMaxPool, kAvgPool, kSkip, kSep3, kSep5, kDil3, kDil5 };
-// The convolutions of an edge, in the order of their pointwise weights.
-enum Convolution { kSep3First, kSep3Second, kSep5First, kSep5Second, kDil3Only, kDil5Only, kConvolutions };
-// The results that alpha scales: those of batch normalisations, for kSkipEnd with stride 1 the identity.
-enum OpEnd { kSep3End, kSep5End, kDil3End, kDil5End, kMaxEnd, kAvgEnd, kSkipEnd, kEnds };
-constexpr int kLastConvolution[4] = {kSep3Second, kSep5Second, kDil3Only, kDil5Only};
-constexpr int kPrimitiveOf[kEnds] = {kSep3, kSep5, kDil3, kDil5, kMaxPool, kAvgPool, kSkip};
-
+// A convolution of an edge; column: of the mixing weights; plane: of its first stage, among those of the edge.
+struct Convolution {
+  ConvolutionKind kind;
+  int column, plane;
+};
+struct PoolKind {
+  bool max;
+  int column;
+};
+// The result of an operation on an edge, scaled by the mixing weight in `column`; plane: -1 for the identity, otherwise
+// the index of C saved planes, those of a result before its batch normalisation.
+struct End {
+  int column;
+  int64_t plane;
+};
+// number: row of the mixing weights; local: index in the group; plane: index of the first saved planes.
 struct Edge {
-  int state, node, number, position, local, group;       // number: row of alpha; position: index in the order of the
-                                                         // weights; local: the same within its group
+  int state, node, number, local;
+  int64_t plane;
+  std::vector<End> ends;
 };
-// States whose edges are computed together: STATE_GROUPS in model_search.py.
+// States whose edges are computed together, as SearchSpace.state_groups; edges ordered by node, then by state.
+// first_results, second_results: the planes that are complete after the first and second convolutions.
 struct Group {
-  int first_state, states, first_edge, edges;
+  int first_state, states, first_node;
+  std::vector<Edge> edges;
+  std::vector<int64_t> first_results, second_results;
 };
-constexpr Group kGroup[kGroups] = {{0, 2, 0, 8}, {2, 1, 8, 3}, {3, 1, 11, 2}, {4, 1, 13, 1}};
 
-// Returns the edges group by group, in each group ordered by node, then by state.
-std::array<Edge, kEdges> make_edges() {
-  std::array<Edge, kEdges> edges;
-  int position = 0;
-  for (int g = 0; g < kGroups; ++g) {
-    const int last = kGroup[g].first_state + kGroup[g].states - 1;
-    for (int node = std::max(0, last - 1); node < kNodes; ++node)
-      for (int s = kGroup[g].first_state; s <= last; ++s, ++position)
-        edges[position] = {s, node, node * (node + 3) / 2 + s, position, position - kGroup[g].first_edge, g};
+// The cell that the attributes of the operator describe: the same for all images, channels and element types.
+struct Space {
+  std::vector<Convolution> convolutions;
+  std::vector<PoolKind> pools;
+  std::vector<Group> groups;
+  int nodes, columns, skip = -1, halves = 0;       // halves: the number of convolutions with two stages
+  int64_t edges = 0, planes = 0, padding = 0;      // planes: saved per image, in units of C
+  int64_t second_padding = 0, stages = 0;
+  bool reduction;
+
+  Space(const std::vector<std::string>& primitives, int nodes, bool reduction)
+      : nodes(nodes), columns(primitives.size()), reduction(reduction) {
+    PD_CHECK(nodes > 0 && nodes <= 1000 && columns > 0, "a cell needs from 1 to 1000 nodes, and primitives");
+    for (int k = 0; k < columns; ++k) {
+      const std::string& name = primitives[k];
+      check_operation(name);
+      PD_CHECK(std::count(primitives.begin(), primitives.end(), name) == 1, name, " occurs more than once");
+      if (name == "skip_connect") skip = k;
+      if (is_pool(name)) pools.push_back({name == "max_pool_3x3", k});
+      const ConvolutionKind* kind = find_convolution(name);
+      if (!kind) continue;
+      convolutions.push_back({*kind, k, static_cast<int>(stages)});
+      stages += kind->stages, halves += kind->stages > 1;
+      padding = std::max<int64_t>(padding, kind->dilation * (kind->kernel / 2));
+      if (kind->stages > 1) second_padding = std::max<int64_t>(second_padding, kind->kernel / 2);
+    }
+    padding += padding % 2;                        // padding with stride 2 is faster with an even border
+    for (int last = 1; last <= nodes; ++last) add_group(last == 1 ? 0 : last, last == 1 ? 2 : 1);
+    for (Group& group : groups) add_planes(&group);
   }
-  return edges;
-}
-const std::array<Edge, kEdges> kEdge = make_edges();
+
+  bool has_factorized_reduce(const Group& group) const { return reduction && skip >= 0 && group.first_state == 0; }
+
+ private:
+  void add_group(int first_state, int states) {
+    Group group{first_state, states, std::max(0, first_state + states - 2), {}, {}, {}};
+    for (int node = group.first_node; node < nodes; ++node)
+      for (int s = first_state; s < first_state + states; ++s)
+        group.edges.push_back({s, node, node * (node + 3) / 2 + s, static_cast<int>(group.edges.size()), 0, {}});
+    edges += group.edges.size();
+    groups.push_back(group);
+  }
+  void add_planes(Group* group) {
+    const int64_t pool_planes = planes;
+    planes += group->states * pools.size();
+    for (int64_t k = pool_planes; k < planes; ++k) group->first_results.push_back(k);
+    for (Edge& edge : group->edges) {
+      edge.plane = planes;
+      for (const Convolution& convolution : convolutions) {
+        group->first_results.push_back(planes++);
+        if (convolution.kind.stages > 1) group->second_results.push_back(planes++);
+        edge.ends.push_back({convolution.column, planes - 1});
+      }
+      for (size_t k = 0; k < pools.size(); ++k)
+        edge.ends.push_back({pools[k].column, pool_planes + (edge.state - group->first_state) * int64_t(pools.size()) +
+                                                  static_cast<int64_t>(k)});
+      if (has_factorized_reduce(*group)) group->first_results.push_back(planes++);
+      if (skip >= 0) edge.ends.push_back({skip, has_factorized_reduce(*group) ? planes - 1 : -1});
+    }
+  }
+};
 
 template <typename T, int L>
 class MixedCell {
  public:
-  MixedCell(const Tensor& x, const Tensor& pointwise, bool reduction, double epsilon)
-      : n_(x.shape()[0]), c_(pointwise.shape()[1]), reduction_(reduction), epsilon_(epsilon),
-        inputs_(Geometry::of<T>(x.shape()[2], x.shape()[3], reduction ? 2 : 1, 4, L)),
-        nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 4, L)),
-        second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, 2, L)),
-        size_(nodes_.size), count_(n_ * nodes_.h * nodes_.w), input_pools_(inputs_),
-        node_pools_(nodes_) {}
-
-  // Returns the number of planes per image in `saved`: results before the BN, of the convolutions, then of the pools.
-  static int64_t planes(int64_t channels, bool reduction) {
-    return (kEdges * kConvolutions + (reduction ? kGroup[0].edges : 0) + 2 * kStates) * channels;
+  // inputs: x, the mixing weights, then the weights; gradients: those of all inputs, or null.
+  MixedCell(const Space& space, const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients, double epsilon)
+      : space_(space), x_(inputs[0].data<T>()), mixing_(inputs[1].data<T>()), n_(inputs[0].shape()[0]),
+        c_(inputs[0].shape()[1] / 2), epsilon_(epsilon),
+        inputs_(Geometry::of<T>(inputs[0].shape()[2], inputs[0].shape()[3], space.reduction ? 2 : 1, space.padding, L)),
+        nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, space.padding, L)),
+        second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, space.second_padding, L)), size_(nodes_.size),
+        count_(n_ * nodes_.h * nodes_.w), input_pools_(inputs_), node_pools_(nodes_), grid_(inputs_, c_) {
+    for (const Convolution& convolution : space.convolutions) {
+      const ConvolutionKind& kind = convolution.kind;
+      first_convolutions_[0].push_back(make_separable<T, L>(kind.kernel, inputs_, kind.dilation, c_));
+      first_convolutions_[1].push_back(make_separable<T, L>(kind.kernel, nodes_, kind.dilation, c_));
+      second_convolutions_.push_back(make_separable<T, L>(kind.kernel, second_, 1, c_));
+    }
+    Weights<T> weights(inputs, gradients);
+    const auto take = [&](int64_t rows, int64_t columns, int kernel) {
+      const auto weight = weights.take(rows, columns, kernel);
+      blocks_.push_back({weight.value, weight.gradient, weight.size, weights_size_, {}});
+      weights_size_ += weight.size;
+      if (gradients && columns == 1) blocks_.back().flipped = flip(weight.value, rows, int64_t(kernel) * kernel);
+    };
+    for (const Group& group : space.groups) {
+      first_block_.push_back(blocks_.size());
+      for (const Convolution& convolution : space.convolutions)
+        for (int stage = 0; stage < convolution.kind.stages; ++stage) {
+          take(group.edges.size() * c_, 1, convolution.kind.kernel);
+          take(group.edges.size() * c_, c_, 1);
+        }
+      for (int half = 0; half < 2 && space.has_factorized_reduce(group); ++half)
+        take(group.edges.size() * (c_ / 2), c_, 1);
+    }
+    weights.check_all_used();
   }
+
   static int64_t plane_size(int64_t out_h, int64_t out_w) { return out_h * ((out_w + L - 1) / L * L); }
 
-  void forward(const T* x, const T* depthwise3, const T* depthwise5, const T* pointwise, const T* mixing, T* out,
-               T* saved, T* statistics) {
-    const int64_t image_planes = planes(c_, reduction_);
-    std::vector<double> moments(n_ * image_planes * 2);
+  // Writes out [N, nodes, C planes], saved [N, planes] and statistics [planes, 2]: mean and 1 / sqrt(variance + epsilon).
+  void forward(T* out, T* saved, T* statistics) {
+    out_ = out, saved_ = saved, statistics_ = statistics;
+    moments_.resize(n_ * planes() * 2);
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(c_ * (inputs_.plane + nodes_.plane + second_.plane + nodes_.step) + pools_size() + size_);
-      T *padded_inputs = scratch.zeros(c_ * inputs_.plane), *padded_nodes = scratch.zeros(c_ * nodes_.plane);
-      T *padded_second = scratch.zeros(c_ * second_.plane), *inner = scratch.take(c_ * nodes_.step);
-      T *total = scratch.take(size_), *bordered = scratch.take(pools_size());
-      for (int g = 0; g < kGroups; ++g) {
-        const Group& group = kGroup[g];
-        const Geometry& geometry = g == 0 ? inputs_ : nodes_;
-        const Pools<T>& pools = g == 0 ? input_pools_ : node_pools_;
-        T* padded = g == 0 ? padded_inputs : padded_nodes;
-        const Separable<T, L, 3> sep3(geometry, 1, c_), dil3(geometry, 2, c_), sep3_second(second_, 1, c_);
-        const Separable<T, L, 5> sep5(geometry, 1, c_), dil5(geometry, 2, c_), sep5_second(second_, 1, c_);
-        // Pools and first convolutions of every edge, up to their normalisation.
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
-          T* image = saved + n * image_planes * size_;
-          double* image_moments = moments.data() + n * image_planes * 2;
-          for (int s = group.first_state; s < group.first_state + group.states; ++s) {
-            const T* state = state_plane(x, out, n, s);
-            for (int64_t c = 0; c < c_; ++c) {
-              pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
-              T* max = image + (pool_plane(s, 0) + c) * size_;
-              T* mean = image + (pool_plane(s, 1) + c) * size_;
-              pools.max(state + c * geometry.h * geometry.w, bordered, max);
-              pools.mean(state + c * geometry.h * geometry.w, bordered, mean);
-            }
-            for (int which = 0; which < 2; ++which) compute_all_moments(image, image_moments, pool_plane(s, which));
-            for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
-              const Edge& edge = kEdge[e];
-              if (edge.state != s) continue;
-              const auto result = [&](int k) { return image + conv_plane(edge, k) * size_; };
-              const auto weight = [&](int k) { return pointwise + pointwise_at(edge, k); };
-              sep3.forward(padded, depthwise3 + depthwise_at(edge, 0, 9), weight(kSep3First), inner,
-                           result(kSep3First));
-              sep5.forward(padded, depthwise5 + depthwise_at(edge, 0, 25), weight(kSep5First), inner,
-                           result(kSep5First));
-              dil3.forward(padded, depthwise3 + depthwise_at(edge, 2, 9), weight(kDil3Only), inner, result(kDil3Only));
-              dil5.forward(padded, depthwise5 + depthwise_at(edge, 2, 25), weight(kDil5Only), inner, result(kDil5Only));
-              for (int k : {kSep3First, kSep5First, kDil3Only, kDil5Only})
-                compute_all_moments(image, image_moments, conv_plane(edge, k));
-              if (reduction_ && g == 0) {
-                for (int half = 0; half < 2; ++half) {
-                  gather_half(geometry, padded, half, inner);
-                  multiply<T, L>(pointwise + factorized_at(edge, half), c_, 1, inner, nodes_.step, c_ / 2, c_, size_,
-                                 image + (factorized_plane(edge) + half * c_ / 2) * size_, size_);
-                }
-                compute_all_moments(image, image_moments, factorized_plane(edge));
-              }
-            }
-          }
-        }
-        for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
-          for (int k : {kSep3First, kSep5First, kDil3Only, kDil5Only})
-            combine(moments, image_planes, conv_plane(kEdge[e], k), statistics);
-          if (reduction_ && g == 0) combine(moments, image_planes, factorized_plane(kEdge[e]), statistics);
-        }
-        for (int s = group.first_state; s < group.first_state + group.states; ++s)
-          for (int which = 0; which < 2; ++which) combine(moments, image_planes, pool_plane(s, which), statistics);
-#pragma omp barrier
-        // Second halves of the separable convolutions.
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
-          T* image = saved + n * image_planes * size_;
-          double* image_moments = moments.data() + n * image_planes * 2;
-          for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
-            const Edge& edge = kEdge[e];
-            normalise_relu_all(image, statistics, conv_plane(edge, kSep3First), padded_second);
-            sep3_second.forward(padded_second, depthwise3 + depthwise_at(edge, 1, 9),
-                                pointwise + pointwise_at(edge, kSep3Second), inner,
-                                image + conv_plane(edge, kSep3Second) * size_);
-            normalise_relu_all(image, statistics, conv_plane(edge, kSep5First), padded_second);
-            sep5_second.forward(padded_second, depthwise5 + depthwise_at(edge, 1, 25),
-                                pointwise + pointwise_at(edge, kSep5Second), inner,
-                                image + conv_plane(edge, kSep5Second) * size_);
-            for (int k : {kSep3Second, kSep5Second}) compute_all_moments(image, image_moments, conv_plane(edge, k));
-          }
-        }
-        for (int e = group.first_edge; e < group.first_edge + group.edges; ++e)
-          for (int k : {kSep3Second, kSep5Second}) combine(moments, image_planes, conv_plane(kEdge[e], k), statistics);
-#pragma omp barrier
-        // Adds the edges of this group to the nodes.
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
-          const T* image = saved + n * image_planes * size_;
-          for (int node = kEdge[group.first_edge].node; node < kNodes; ++node)
-            for (int64_t c = 0; c < c_; ++c) {
-              T* to = out + ((n * kNodes + node) * c_ + c) * nodes_.h * nodes_.w;
-              if (g == 0) std::fill(total, total + size_, T(0));
-              else expand_rows(to, total);
-              for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
-                const Edge& edge = kEdge[e];
-                if (edge.node != node) continue;
-                for (int end = 0; end < kEnds; ++end) {
-                  const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[end]];
-                  const int64_t from = end_plane(edge, end);
-                  if (from < 0) {                        // identity
-                    const T* state = state_plane(x, out, n, edge.state) + c * nodes_.h * nodes_.w;
-                    for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-                      for (int64_t j = 0; j < nodes_.columns(); ++j)
-                        total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
-                    continue;
-                  }
-                  const T mean = statistics[(from + c) * 2], factor = weight * statistics[(from + c) * 2 + 1];
-                  const T* y = image + (from + c) * size_;
-#pragma omp simd
-                  for (int64_t p = 0; p < size_; ++p) total[p] += factor * (y[p] - mean);
-                }
-              }
-              compact_rows(total, to);
-            }
-        }
+      Workspace work(*this);
+      for (size_t g = 0; g < space_.groups.size(); ++g) {
+        convolve_states(g, work);
+        combine(space_.groups[g].first_results);
+        convolve_again(g, work);
+        combine(space_.groups[g].second_results);
+        add_edges(g, work);
       }
     }
   }
 
   // weight_gradients: false leaves the gradients of the weights unchanged and skips their computation.
-  void backward(const T* x, const T* depthwise3, const T* depthwise5, const T* pointwise, const T* mixing, const T* out,
-                const T* saved, const T* statistics, const T* out_gradient, bool weight_gradients, T* x_gradient,
-                T* depthwise3_gradient, T* depthwise5_gradient, T* pointwise_gradient, T* mixing_gradient) {
-    const int64_t image_planes = planes(c_, reduction_), c4 = kNodes * c_;
-    const int64_t size3 = kEdges * 3 * c_ * 9, size5 = kEdges * 3 * c_ * 25, size1 = pointwise_size();
-    const std::vector<T> flipped3 = flip(depthwise3, kEdges * 3 * c_, 9);
-    const std::vector<T> flipped5 = flip(depthwise5, kEdges * 3 * c_, 25);
+  void backward(const T* out, const T* saved, const T* statistics, const T* out_gradient, bool weight_gradients,
+                T* x_gradient, T* mixing_gradient) {
+    // The backward pass does not write to these tensors.
+    out_ = const_cast<T*>(out), saved_ = const_cast<T*>(saved), statistics_ = const_cast<T*>(statistics);
+    const int64_t node_planes = space_.nodes * c_, ends = space_.edges * end_count();
+    const int64_t most_edges = space_.groups[0].edges.size(), halves = space_.halves;
+    static thread_local Storage<T> nodes_storage, halves_storage;
+    gradient_ = nodes_storage.reserve(n_ * node_planes * size_);
+    half_gradient_ = halves_storage.reserve(n_ * most_edges * halves * c_ * size_);
+    sums_.resize(n_ * node_planes), dot_products_.resize(n_ * ends * c_), total_dot_products_.resize(ends * c_);
+    half_sums_.resize(n_ * most_edges * halves * c_ * 2);
+    mean_gradient_.resize(node_planes), slope_.resize(ends * c_);
+    half_mean_.resize(most_edges * halves * c_), half_slope_.resize(most_edges * halves * c_);
     PartialSums<T> partial;
-    // Gradients of the nodes, and of the first normalisation's output in the sep_convs of one group
-    // (which: 0 sep_conv_3x3, 1 sep_conv_5x5).
-    static thread_local Storage<T> nodes_storage, first_storage;
-    T* const gradient = nodes_storage.reserve(n_ * c4 * size_);
-    T* const first_gradient = first_storage.reserve(n_ * kGroup[0].edges * 2 * c_ * size_);
-    std::vector<double> sums(n_ * c4), dot_products(n_ * kEdges * kEnds * c_), first_sums(n_ * kEdges * 2 * c_ * 2);
-    std::vector<T> mean_gradient(c4), slope(kEdges * kEnds * c_);
-    std::vector<T> first_mean(kEdges * 2 * c_), first_slope(kEdges * 2 * c_);
-    std::vector<double> total_dot_products(kEdges * kEnds * c_);
 #pragma omp parallel num_threads(threads())
     {
-      T* const gradient3 = weight_gradients ? partial.thread_sums(size3 + size5 + size1) : nullptr;
-      T* const gradient5 = weight_gradients ? gradient3 + size3 : nullptr;
-      T* const gradient1 = weight_gradients ? gradient5 + size5 : nullptr;
-      const auto offset = [](T* base, int64_t index) { return base ? base + index : nullptr; };
-      const int64_t in_size = c_ * std::max(inputs_.stride == 1 ? inputs_.step : inputs_.plane, nodes_.step);
-      const int64_t in_plane = std::max(inputs_.h * inputs_.w, size_);
-      Scratch<T> scratch(c_ * (inputs_.plane + nodes_.plane + second_.plane + 3 * nodes_.step) + in_size +
-                         inputs_.plane + nodes_.plane + second_.plane + 2 * pools_size() + 3 * size_ + in_plane);
-      T *padded_inputs = scratch.zeros(c_ * inputs_.plane), *padded_nodes = scratch.zeros(c_ * nodes_.plane);
-      T *padded_second = scratch.zeros(c_ * second_.plane);
-      T *inner = scratch.take(c_ * nodes_.step), *inner_gradient = scratch.take(c_ * nodes_.step);
-      T *conv_gradient = scratch.zeros(c_ * nodes_.step), *in_gradient = scratch.take(in_size);
-      T *inputs_bordered = scratch.zeros(inputs_.plane), *nodes_bordered = scratch.zeros(nodes_.plane);
-      T *second_bordered = scratch.zeros(second_.plane), *bordered = scratch.take(pools_size());
-      T *bordered_gradient = scratch.take(pools_size()), *max_gradient = scratch.take(size_);
-      T *avg_gradient = scratch.take(size_), *unclaimed = scratch.take(size_);
-      T *direct_gradient = scratch.take(in_plane);
+      Workspace work(*this);
+      if (weight_gradients) work.weights = partial.thread_sums(weights_size_);
 #pragma omp for schedule(static)
-      for (int64_t k = 0; k < n_ * c4; ++k) expand_rows(out_gradient + k * nodes_.h * nodes_.w, gradient + k * size_);
-
-      for (int g = kGroups - 1; g >= 0; --g) {
-        const Group& group = kGroup[g];
-        const Geometry& geometry = g == 0 ? inputs_ : nodes_;
-        const Pools<T>& pools = g == 0 ? input_pools_ : node_pools_;
-        T* padded = g == 0 ? padded_inputs : padded_nodes;
-        T* conv_bordered = g == 0 ? inputs_bordered : nodes_bordered;
-        const int first_node = kEdge[group.first_edge].node, end_edge = group.first_edge + group.edges;
-        const Separable<T, L, 3> sep3(geometry, 1, c_), dil3(geometry, 2, c_), sep3_second(second_, 1, c_);
-        const Separable<T, L, 5> sep5(geometry, 1, c_), dil5(geometry, 2, c_), sep5_second(second_, 1, c_);
-        // For the end of every operation: the sums of the node's gradient d and of d (y - mean).
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
-          const T* image = saved + n * image_planes * size_;
-          for (int64_t k = first_node * c_; k < c4; ++k) {
-            const T* d = gradient + (n * c4 + k) * size_;
-            T total = 0;
-#pragma omp simd reduction(+ : total)
-            for (int64_t p = 0; p < size_; ++p) total += d[p];
-            sums[n * c4 + k] = total;
-          }
-          for (int e = group.first_edge; e < end_edge; ++e)
-            for (int end = 0; end < kEnds; ++end)
-              for (int64_t c = 0; c < c_; ++c) {
-                const Edge& edge = kEdge[e];
-                const T* d = gradient + (n * c4 + edge.node * c_ + c) * size_;
-                const int64_t from = end_plane(edge, end);
-                T total = 0;
-                if (from < 0) {
-                  const T* state = state_plane(x, out, n, edge.state) + c * nodes_.h * nodes_.w;
-                  for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd reduction(+ : total)
-                    for (int64_t j = 0; j < nodes_.columns(); ++j)
-                      total += d[i * nodes_.out_row + j] * state[i * nodes_.w + j];
-                } else {
-                  const T* y = image + (from + c) * size_;
-                  const T mean = statistics[(from + c) * 2];
-#pragma omp simd reduction(+ : total)
-                  for (int64_t p = 0; p < size_; ++p) total += d[p] * (y[p] - mean);
-                }
-                dot_products[((n * kEdges + e) * kEnds + end) * c_ + c] = total;
-              }
-        }
-#pragma omp single
-        {
-          for (int64_t k = first_node * c_; k < c4; ++k) {
-            double total = 0;
-            for (int64_t n = 0; n < n_; ++n) total += sums[n * c4 + k];
-            mean_gradient[k] = total / count_;
-          }
-          for (int e = group.first_edge; e < end_edge; ++e)
-            for (int end = 0; end < kEnds; ++end) {
-              double scale_gradient = 0;
-              for (int64_t c = 0; c < c_; ++c) {
-                const int64_t k = (e * kEnds + end) * c_ + c, from = end_plane(kEdge[e], end);
-                double total = 0;
-                for (int64_t n = 0; n < n_; ++n) total += dot_products[n * kEdges * kEnds * c_ + k];
-                total_dot_products[k] = total;
-                const double rstd = from < 0 ? 1 : statistics[(from + c) * 2 + 1];
-                slope[k] = rstd * rstd * total / count_;
-                scale_gradient += rstd * total;
-              }
-              mixing_gradient[kEdge[e].number * kPrimitives + kPrimitiveOf[end]] = scale_gradient;
-            }
-        }
-        // Computes the gradient of the input of the normalisation at the end of an operation.
-        const auto end_gradient = [&](int64_t n, const Edge& edge, int end, T* to) {
-          const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[end]];
-          for (int64_t c = 0; c < c_; ++c) {
-            const int64_t from = end_plane(edge, end) + c;
-            batch_norm_backward(nodes_, gradient + (n * c4 + edge.node * c_ + c) * size_,
-                                saved + (n * image_planes + from) * size_, weight * statistics[from * 2 + 1],
-                                mean_gradient[edge.node * c_ + c], statistics[from * 2],
-                                slope[(edge.position * kEnds + end) * c_ + c], to + c * nodes_.step);
-          }
-        };
-        // Backward pass of the second halves of the separable convolutions.
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
-          const T* image = saved + n * image_planes * size_;
-          for (int e = group.first_edge; e < end_edge; ++e) {
-            const Edge& edge = kEdge[e];
-            for (int which = 0; which < 2; ++which) {
-              const int64_t first = conv_plane(edge, which ? kSep5First : kSep3First);
-              end_gradient(n, edge, which ? kSep5End : kSep3End, conv_gradient);
-              normalise_relu_all(image, statistics, first, padded_second);
-              std::fill(in_gradient, in_gradient + c_ * nodes_.step, T(0));
-              const int64_t pointwise_k = pointwise_at(edge, which ? kSep5Second : kSep3Second);
-              if (which) {
-                const int64_t k = depthwise_at(edge, 1, 25);
-                sep5_second.backward(padded_second, depthwise5 + k, flipped5.data() + k, pointwise + pointwise_k,
-                                     conv_gradient, inner, inner_gradient, second_bordered, offset(gradient5, k),
-                                     offset(gradient1, pointwise_k), in_gradient);
-              } else {
-                const int64_t k = depthwise_at(edge, 1, 9);
-                sep3_second.backward(padded_second, depthwise3 + k, flipped3.data() + k, pointwise + pointwise_k,
-                                     conv_gradient, inner, inner_gradient, second_bordered, offset(gradient3, k),
-                                     offset(gradient1, pointwise_k), in_gradient);
-              }
-              for (int64_t c = 0; c < c_; ++c) {
-                normalised_relu_backward<T, L>(
-                    nodes_, image + (first + c) * size_, T(1), statistics[(first + c) * 2], T(0),
-                    in_gradient + c * nodes_.step,
-                    first_gradient + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
-                    first_sums.data() + (((n * kEdges + e) * 2 + which) * c_ + c) * 2);
-              }
-            }
-          }
-        }
-#pragma omp for schedule(static)
-        for (int64_t k = group.first_edge * 2 * c_; k < end_edge * 2 * c_; ++k) {
-          const Edge& edge = kEdge[k / (2 * c_)];
-          double total = 0, dot = 0;
-          for (int64_t n = 0; n < n_; ++n) {
-            total += first_sums[(n * kEdges * 2 * c_ + k) * 2];
-            dot += first_sums[(n * kEdges * 2 * c_ + k) * 2 + 1];
-          }
-          const double rstd = statistics[(conv_plane(edge, k / c_ % 2 ? kSep5First : kSep3First) + k % c_) * 2 + 1];
-          first_mean[k] = total / count_, first_slope[k] = rstd * rstd * dot / count_;
-        }
-        const auto first_half_gradient = [&](int64_t n, const Edge& edge, int which, T* to) {
-          for (int64_t c = 0; c < c_; ++c) {
-            const int64_t from = conv_plane(edge, which ? kSep5First : kSep3First) + c;
-            const int64_t k = (edge.position * 2 + which) * c_ + c;
-            batch_norm_backward(nodes_,
-                                first_gradient + (((n * kGroup[0].edges + edge.local) * 2 + which) * c_ + c) * size_,
-                                saved + (n * image_planes + from) * size_, statistics[from * 2 + 1], first_mean[k],
-                                statistics[from * 2], first_slope[k], to + c * nodes_.step);
-          }
-        };
-        // Backward pass from the first convolutions and the pools to the states.
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
-          const T* image = saved + n * image_planes * size_;
-          for (int s = group.first_state; s < group.first_state + group.states; ++s) {
-            const T* state = state_plane(x, out, n, s);
-            const int64_t in_step = geometry.stride == 1 ? geometry.step : geometry.plane;
-            for (int64_t c = 0; c < c_; ++c)
-              pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
-            std::fill(in_gradient, in_gradient + c_ * in_step, T(0));
-            for (int e = group.first_edge; e < end_edge; ++e) {
-              const Edge& edge = kEdge[e];
-              if (edge.state != s) continue;
-              const auto backward3 = [&](const Separable<T, L, 3>& convolution, int kind, int k) {
-                const int64_t kernel = depthwise_at(edge, kind, 9), pointwise_k = pointwise_at(edge, k);
-                convolution.backward(padded, depthwise3 + kernel, flipped3.data() + kernel, pointwise + pointwise_k,
-                                     conv_gradient, inner, inner_gradient, conv_bordered, offset(gradient3, kernel),
-                                     offset(gradient1, pointwise_k), in_gradient);
-              };
-              const auto backward5 = [&](const Separable<T, L, 5>& convolution, int kind, int k) {
-                const int64_t kernel = depthwise_at(edge, kind, 25), pointwise_k = pointwise_at(edge, k);
-                convolution.backward(padded, depthwise5 + kernel, flipped5.data() + kernel, pointwise + pointwise_k,
-                                     conv_gradient, inner, inner_gradient, conv_bordered, offset(gradient5, kernel),
-                                     offset(gradient1, pointwise_k), in_gradient);
-              };
-              first_half_gradient(n, edge, 0, conv_gradient);
-              backward3(sep3, 0, kSep3First);
-              first_half_gradient(n, edge, 1, conv_gradient);
-              backward5(sep5, 0, kSep5First);
-              end_gradient(n, edge, kDil3End, conv_gradient);
-              backward3(dil3, 2, kDil3Only);
-              end_gradient(n, edge, kDil5End, conv_gradient);
-              backward5(dil5, 2, kDil5Only);
-              if (reduction_ && g == 0) {
-                end_gradient(n, edge, kSkipEnd, conv_gradient);
-                for (int half = 0; half < 2; ++half) {
-                  const int64_t k = factorized_at(edge, half);
-                  const T* d = conv_gradient + half * (c_ / 2) * nodes_.step;
-                  if (weight_gradients) {
-                    gather_half(geometry, padded, half, inner);
-                    add_outer<T, L>(d, nodes_.step, inner, nodes_.step, c_ / 2, c_, size_, gradient1 + k);
-                  }
-                  multiply<T, L>(pointwise + k, 1, c_, d, nodes_.step, c_, c_ / 2, size_, inner_gradient, nodes_.step);
-                  scatter_add_half(geometry, inner_gradient, half, in_gradient);
-                }
-              }
-            }
-            for (int64_t c = 0; c < c_; ++c) {
-              const T* plane = state + c * geometry.h * geometry.w;
-              std::fill(direct_gradient, direct_gradient + geometry.h * geometry.w, T(0));
-              pool_gradient(n, s, kMaxEnd, c, group, mixing, gradient, image, statistics, mean_gradient,
-                            total_dot_products, max_gradient);
-              pool_gradient(n, s, kAvgEnd, c, group, mixing, gradient, image, statistics, mean_gradient,
-                            total_dot_products, avg_gradient);
-              std::fill(bordered_gradient, bordered_gradient + pools.bordered_size(), T(0));
-              pools.max_backward(plane, image + (pool_plane(s, 0) + c) * size_, max_gradient, bordered, unclaimed,
-                                 bordered_gradient);
-              pools.mean_backward(avg_gradient, unclaimed, bordered_gradient);
-              pools.add_interior(bordered_gradient, direct_gradient);
-              if (geometry.stride == 1)
-                for (int e = group.first_edge; e < end_edge; ++e) {
-                  const Edge& edge = kEdge[e];
-                  if (edge.state != s) continue;
-                  const T weight = mixing[edge.number * kPrimitives + kSkip];
-                  const T* d = gradient + (n * c4 + edge.node * c_ + c) * size_;
-                  for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-                    for (int64_t j = 0; j < nodes_.columns(); ++j)
-                      direct_gradient[i * nodes_.w + j] += weight * d[i * nodes_.out_row + j];
-                }
-              // The gradient through the ReLU of the convolutions, and that of pools and identity, which have no ReLU.
-              for (int64_t i = 0; i < geometry.h; ++i) {
-                const T *value = plane + i * geometry.w, *direct = direct_gradient + i * geometry.w;
-                T* to = s < 2 ? x_gradient + (((n * 2 + s) * c_ + c) * geometry.h + i) * geometry.w
-                              : gradient + (n * c4 + (s - 2) * c_ + c) * size_ + i * nodes_.out_row;
-                if (geometry.stride == 1) {
-                  const T* rectified = in_gradient + c * in_step + i * geometry.out_row;
-                  if (s < 2) {
-#pragma omp simd
-                    for (int64_t j = 0; j < geometry.w; ++j) to[j] = direct[j] + relu_grad(value[j], rectified[j]);
-                  } else {
-#pragma omp simd
-                    for (int64_t j = 0; j < geometry.w; ++j) to[j] += direct[j] + relu_grad(value[j], rectified[j]);
-                  }
-                } else {
-                  const T* rectified = in_gradient + c * in_step + (i + geometry.padding) * geometry.row;
-                  for (int64_t j = 0; j < geometry.w; ++j)
-                    to[j] = direct[j] + relu_grad(value[j], rectified[geometry.at(0, j + geometry.padding)]);
-                }
-              }
-            }
-          }
-        }
+      for (int64_t k = 0; k < n_ * node_planes; ++k)
+        expand_rows(out_gradient + k * nodes_.h * nodes_.w, gradient_ + k * size_);
+      for (int g = space_.groups.size() - 1; g >= 0; --g) {
+        sum_gradients(g);
+        combine_gradients(g, mixing_gradient);
+        differentiate_again(g, work);
+        combine_half_gradients(g);
+        differentiate_states(g, x_gradient, work);
       }
     }
-    if (!weight_gradients) return;
-    partial.add_to(depthwise3_gradient, 0, size3);
-    partial.add_to(depthwise5_gradient, size3, size5);
-    partial.add_to(pointwise_gradient, size3 + size5, size1);
+    for (const Block& block : blocks_)
+      if (weight_gradients) partial.add_to(block.gradient, block.at, block.size);
   }
 
  private:
-  // Offsets of weights. Depthwise weights are ordered by group, in a group by convolution (kind 0 and 1: halves of the
-  // sep_conv, 2: dil_conv), then by edge. Pointwise weights have the same order with six convolutions, and at the end
-  // of the first group of a reduction cell the two convolutions of FactorizedReduce.
-  int64_t depthwise_at(const Edge& edge, int kind, int taps) const {
-    const Group& group = kGroup[edge.group];
-    return (3 * group.first_edge + kind * group.edges + edge.local) * c_ * taps;
-  }
-  int64_t pointwise_at(const Edge& edge, int k) const {
-    const Group& group = kGroup[edge.group];
-    const int64_t factorized = reduction_ && edge.group > 0 ? kGroup[0].edges : 0;
-    return (6 * group.first_edge + factorized + k * group.edges + edge.local) * c_ * c_;
-  }
-  int64_t factorized_at(const Edge& edge, int half) const {
-    return (6 * kGroup[0].edges * c_ + (half * kGroup[0].edges + edge.local) * (c_ / 2)) * c_;
-  }
-  int64_t pointwise_size() const { return (6 * kEdges + (reduction_ ? kGroup[0].edges : 0)) * c_ * c_; }
+  // The weights of one convolution on all edges of a group; at: index in the sums of a thread's gradients.
+  struct Block {
+    const T* value;
+    T* gradient;
+    int64_t size, at;
+    std::vector<T> flipped;
+  };
 
-  // Indices of the first of C planes in `saved` (of an image) and in `statistics`: of a convolution, of
-  // FactorizedReduce, of a pool (which: 0 maximum, 1 mean), and of the result at the end of an operation, -1 for the
-  // identity.
-  int64_t conv_plane(const Edge& edge, int k) const { return (edge.position * kConvolutions + k) * c_; }
-  int64_t factorized_plane(const Edge& edge) const { return (kEdges * kConvolutions + edge.local) * c_; }
-  int64_t pool_plane(int state, int which) const {
-    return (kEdges * kConvolutions + (reduction_ ? kGroup[0].edges : 0) + 2 * state + which) * c_;
-  }
-  int64_t end_plane(const Edge& edge, int end) const {
-    if (end < 4) return conv_plane(edge, kLastConvolution[end]);
-    if (end < kSkipEnd) return pool_plane(edge.state, end - kMaxEnd);
-    return reduction_ && edge.group == 0 ? factorized_plane(edge) : -1;
+  // Memory of a thread: planes of C channels, or of one channel.
+  struct Workspace {
+    explicit Workspace(const MixedCell& cell)
+        : scratch(cell.c_ * (cell.inputs_.plane + cell.nodes_.plane + cell.second_.plane + 5 * cell.nodes_.step) +
+                  cell.in_gradient_size() + cell.inputs_.plane + cell.nodes_.plane + cell.second_.plane +
+                  2 * cell.pools_size() + 4 * cell.size_ + cell.inputs_.h * cell.inputs_.w),
+          padded{scratch.zeros(cell.c_ * cell.inputs_.plane), scratch.zeros(cell.c_ * cell.nodes_.plane)},
+          padded_second(scratch.zeros(cell.c_ * cell.second_.plane)),
+          bordered{scratch.zeros(cell.inputs_.plane), scratch.zeros(cell.nodes_.plane)},
+          bordered_second(scratch.zeros(cell.second_.plane)), inner(scratch.take(cell.c_ * cell.nodes_.step)),
+          inner_gradient(scratch.take(cell.c_ * cell.nodes_.step)), grids(scratch.take(2 * cell.c_ * cell.nodes_.step)),
+          conv_gradient(scratch.zeros(cell.c_ * cell.nodes_.step)), in_gradient(scratch.take(cell.in_gradient_size())),
+          pool_bordered(scratch.take(cell.pools_size())), pool_gradient(scratch.take(cell.pools_size())),
+          total(scratch.take(cell.size_)), end_gradient(scratch.take(cell.size_)), row(scratch.take(cell.size_)),
+          direct_gradient(scratch.take(std::max(cell.size_, cell.inputs_.h * cell.inputs_.w))) {}
+    Scratch<T> scratch;
+    T *padded[2], *padded_second;                    // rectified states, inputs or nodes; first halves of a sep_conv
+    T *bordered[2], *bordered_second;                // a padded plane, for gradients
+    T *inner, *inner_gradient, *grids, *conv_gradient, *in_gradient;
+    T *pool_bordered, *pool_gradient, *total, *end_gradient, *row, *direct_gradient;
+    T* weights = nullptr;                            // gradients of all weights, or null
+  };
+
+  // ---- forward pass of a group of states
+
+  // Computes pools, first convolutions and FactorizedReduce of every edge, up to their normalisation.
+  void convolve_states(int g, Workspace& work) {
+    const Group& group = space_.groups[g];
+    const Geometry& geometry = geometry_of(g);
+    T* padded = work.padded[g > 0];
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n) {
+      for (int s = group.first_state; s < group.first_state + group.states; ++s) {
+        const T* state = state_planes(n, s);
+        for (int64_t c = 0; c < c_; ++c) pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
+        for (size_t k = 0; k < space_.pools.size(); ++k) {
+          const int64_t plane = pool_plane(group, s, k);
+          for (int64_t c = 0; c < c_; ++c) pool(g, k, state + c * geometry.h * geometry.w, work, result(n, plane, c));
+          compute_all_moments(n, plane);
+        }
+        for (int half = 0; half < 2 && space_.has_factorized_reduce(group); ++half)
+          grid_.gather(state, half, work.grids + half * c_ * nodes_.step);
+        for (const Edge& edge : group.edges) {
+          if (edge.state != s) continue;
+          for (size_t k = 0; k < space_.convolutions.size(); ++k) {
+            const int64_t plane = edge.plane + space_.convolutions[k].plane;
+            first_convolutions_[g > 0][k]->forward(padded, depthwise(g, k, 0, edge).value,
+                                                   pointwise(g, k, 0, edge).value, work.inner, result(n, plane, 0));
+            compute_all_moments(n, plane);
+          }
+          if (!space_.has_factorized_reduce(group)) continue;
+          const int64_t plane = edge.ends.back().plane;
+          for (int half = 0; half < 2; ++half)
+            multiply<T, L>(reduce(g, half, edge).value, c_, 1, work.grids + half * c_ * nodes_.step, nodes_.step, c_ / 2,
+                           c_, size_, result(n, plane, half * (c_ / 2)), size_);
+          compute_all_moments(n, plane);
+        }
+      }
+    }
   }
 
+  // Computes the second halves of the separable convolutions.
+  void convolve_again(int g, Workspace& work) {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n)
+      for (const Edge& edge : space_.groups[g].edges)
+        for (size_t k = 0; k < space_.convolutions.size(); ++k) {
+          if (space_.convolutions[k].kind.stages == 1) continue;
+          const int64_t plane = edge.plane + space_.convolutions[k].plane;
+          pad_normalised(n, plane, work.padded_second);
+          second_convolutions_[k]->forward(work.padded_second, depthwise(g, k, 1, edge).value,
+                                           pointwise(g, k, 1, edge).value, work.inner, result(n, plane + 1, 0));
+          compute_all_moments(n, plane + 1);
+        }
+  }
+
+  // Adds the edges of a group to the nodes.
+  void add_edges(int g, Workspace& work) {
+    const Group& group = space_.groups[g];
+    T* total = work.total;
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n)
+      for (int node = group.first_node; node < space_.nodes; ++node)
+        for (int64_t c = 0; c < c_; ++c) {
+          T* to = out_ + ((n * space_.nodes + node) * c_ + c) * nodes_.h * nodes_.w;
+          if (g == 0) std::fill(total, total + size_, T(0));
+          else expand_rows(to, total);
+          for (const Edge& edge : group.edges) {
+            if (edge.node != node) continue;
+            for (const End& end : edge.ends) {
+              const T weight = mixing_[edge.number * space_.columns + end.column];
+              if (end.plane < 0) {
+                const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
+                for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd
+                  for (int64_t j = 0; j < nodes_.columns(); ++j)
+                    total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
+                continue;
+              }
+              const T mean = mean_of(end.plane, c), factor = weight * rstd_of(end.plane, c);
+              const T* y = result(n, end.plane, c);
+#pragma omp simd
+              for (int64_t p = 0; p < size_; ++p) total[p] += factor * (y[p] - mean);
+            }
+          }
+          compact_rows(total, to);
+        }
+  }
+
+  // ---- backward pass of a group of states
+
+  // Computes, per image, the sums of the nodes' gradients d, and of d (y - mean) at the end of every operation.
+  void sum_gradients(int g) {
+    const Group& group = space_.groups[g];
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n) {
+      for (int64_t k = group.first_node * c_; k < space_.nodes * c_; ++k) {
+        const T* d = node_gradient(n, 0, k);
+        T total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t p = 0; p < size_; ++p) total += d[p];
+        sums_[n * space_.nodes * c_ + k] = total;
+      }
+      for (const Edge& edge : group.edges)
+        for (size_t k = 0; k < edge.ends.size(); ++k)
+          for (int64_t c = 0; c < c_; ++c)
+            dot_products_[n * space_.edges * end_count() * c_ + end_index(edge, k) + c] =
+                dot_product(n, edge, edge.ends[k], c);
+    }
+  }
+  T dot_product(int64_t n, const Edge& edge, const End& end, int64_t c) const {
+    const T* d = node_gradient(n, edge.node, c);
+    T total = 0;
+    if (end.plane < 0) {
+      const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
+      for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd reduction(+ : total)
+        for (int64_t j = 0; j < nodes_.columns(); ++j) total += d[i * nodes_.out_row + j] * state[i * nodes_.w + j];
+    } else {
+      const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
+#pragma omp simd reduction(+ : total)
+      for (int64_t p = 0; p < size_; ++p) total += d[p] * (y[p] - mean);
+    }
+    return total;
+  }
+
+  // Adds the sums of all images: the gradients of the mixing weights, and what the normalisations need of all images.
+  void combine_gradients(int g, T* mixing_gradient) {
+    const Group& group = space_.groups[g];
+    const int64_t node_planes = space_.nodes * c_, ends = end_count();
+#pragma omp for schedule(static) nowait
+    for (int64_t k = group.first_node * c_; k < node_planes; ++k) {
+      double total = 0;
+      for (int64_t n = 0; n < n_; ++n) total += sums_[n * node_planes + k];
+      mean_gradient_[k] = total / count_;
+    }
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < int64_t(group.edges.size()) * ends; ++k) {
+      const Edge& edge = group.edges[k / ends];
+      const End& end = edge.ends[k % ends];
+      double scale_gradient = 0;
+      for (int64_t c = 0; c < c_; ++c) {
+        const int64_t at = end_index(edge, k % ends) + c;
+        double total = 0;
+        for (int64_t n = 0; n < n_; ++n) total += dot_products_[n * space_.edges * ends * c_ + at];
+        const double rstd = end.plane < 0 ? 1 : rstd_of(end.plane, c);
+        total_dot_products_[at] = total, slope_[at] = rstd * rstd * total / count_;
+        scale_gradient += rstd * total;
+      }
+      mixing_gradient[edge.number * space_.columns + end.column] = scale_gradient;
+    }
+  }
+
+  // Computes the gradient of the normalisation's input at the end k of an edge.
+  void differentiate_end(int64_t n, const Edge& edge, int k, T* to) const {
+    const End& end = edge.ends[k];
+    const T weight = mixing_[edge.number * space_.columns + end.column];
+    for (int64_t c = 0; c < c_; ++c)
+      batch_norm_backward(nodes_, node_gradient(n, edge.node, c), result(n, end.plane, c), weight * rstd_of(end.plane, c),
+                          mean_gradient_[edge.node * c_ + c], mean_of(end.plane, c), slope_[end_index(edge, k) + c],
+                          to + c * nodes_.step);
+  }
+
+  // Differentiates the second halves of the separable convolutions, up to the first normalisation's output.
+  void differentiate_again(int g, Workspace& work) {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n)
+      for (const Edge& edge : space_.groups[g].edges)
+        for (int k = 0, half = 0; k < int(space_.convolutions.size()); ++k) {
+          if (space_.convolutions[k].kind.stages == 1) continue;
+          const int64_t plane = edge.plane + space_.convolutions[k].plane;
+          differentiate_end(n, edge, k, work.conv_gradient);
+          pad_normalised(n, plane, work.padded_second);
+          std::fill(work.in_gradient, work.in_gradient + c_ * nodes_.step, T(0));
+          differentiate(*second_convolutions_[k], work.padded_second, depthwise(g, k, 1, edge),
+                        pointwise(g, k, 1, edge), work.bordered_second, work);
+          for (int64_t c = 0; c < c_; ++c)
+            normalised_relu_backward<T, L>(nodes_, result(n, plane, c), T(1), mean_of(plane, c), T(0),
+                                           work.in_gradient + c * nodes_.step,
+                                           half_gradient_ + (half_index(n, edge, half) + c) * size_,
+                                           half_sums_.data() + (half_index(n, edge, half) + c) * 2);
+          ++half;
+        }
+  }
+  void combine_half_gradients(int g) {
+    const Group& group = space_.groups[g];
+    const int64_t halves = space_.halves * int64_t(group.edges.size());
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < halves * c_; ++k) {
+      double total = 0, dot = 0;
+      for (int64_t n = 0; n < n_; ++n) {
+        const double* sums = half_sums_.data() + (half_index(n, group.edges[0], 0) + k) * 2;
+        total += sums[0], dot += sums[1];
+      }
+      const double rstd = rstd_of(half_plane(group.edges[k / c_ / space_.halves], k / c_ % space_.halves), k % c_);
+      half_mean_[k] = total / count_, half_slope_[k] = rstd * rstd * dot / count_;
+    }
+  }
+  // Computes the gradient of the first normalisation's input in a separable convolution of two halves.
+  void differentiate_half(int64_t n, const Edge& edge, int half, T* to) const {
+    const int64_t plane = half_plane(edge, half), first = half_index(0, edge, half);
+    for (int64_t c = 0; c < c_; ++c)
+      batch_norm_backward(nodes_, half_gradient_ + (half_index(n, edge, half) + c) * size_, result(n, plane, c),
+                          rstd_of(plane, c), half_mean_[first + c], mean_of(plane, c), half_slope_[first + c],
+                          to + c * nodes_.step);
+  }
+
+  // Differentiates first convolutions, FactorizedReduce, pools and identities, up to the states.
+  void differentiate_states(int g, T* x_gradient, Workspace& work) {
+    const Group& group = space_.groups[g];
+    const Geometry& geometry = geometry_of(g);
+    const int64_t in_step = geometry.stride == 1 ? geometry.step : geometry.plane;
+    T* padded = work.padded[g > 0];
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n)
+      for (int s = group.first_state; s < group.first_state + group.states; ++s) {
+        const T* state = state_planes(n, s);
+        for (int64_t c = 0; c < c_; ++c) pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
+        std::fill(work.in_gradient, work.in_gradient + c_ * in_step, T(0));
+        for (const Edge& edge : group.edges) {
+          if (edge.state != s) continue;
+          for (int k = 0, half = 0; k < int(space_.convolutions.size()); ++k) {
+            if (space_.convolutions[k].kind.stages > 1) differentiate_half(n, edge, half++, work.conv_gradient);
+            else differentiate_end(n, edge, k, work.conv_gradient);
+            differentiate(*first_convolutions_[g > 0][k], padded, depthwise(g, k, 0, edge), pointwise(g, k, 0, edge),
+                          work.bordered[g > 0], work);
+          }
+        }
+        for (int64_t c = 0; c < c_; ++c) {
+          differentiate_unweighted(g, n, s, c, work);
+          // The gradient through the ReLU of the convolutions, and that of pools and identity, which have no ReLU.
+          const T *value = state + c * geometry.h * geometry.w, *rectified = work.in_gradient + c * in_step;
+          if (g == 0)
+            add_state_gradient<false>(geometry, value, rectified, work.direct_gradient, geometry.w,
+                                      x_gradient + ((n * 2 + s) * c_ + c) * geometry.h * geometry.w);
+          else
+            add_state_gradient<true>(geometry, value, rectified, work.direct_gradient, nodes_.out_row,
+                                     gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_);
+        }
+        if (space_.has_factorized_reduce(group))
+          differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * c_ * geometry.h * geometry.w, work);
+      }
+  }
+  template <bool ADD>
+  static void add_state_gradient(const Geometry& g, const T* value, const T* rectified, const T* direct, int64_t row,
+                                 T* to) {
+    for (int64_t i = 0; i < g.h; ++i, value += g.w, direct += g.w, to += row) {
+      if (g.stride == 1) {
+        const T* from = rectified + i * g.out_row;
+#pragma omp simd
+        for (int64_t j = 0; j < g.w; ++j) to[j] = (ADD ? to[j] : T(0)) + (direct[j] + relu_grad(value[j], from[j]));
+      } else {
+        const T* from = rectified + (i + g.padding) * g.row;
+        for (int64_t j = 0; j < g.w; ++j) to[j] = direct[j] + relu_grad(value[j], from[g.at(0, j + g.padding)]);
+      }
+    }
+  }
+
+  // Computes the gradient of a plane of a state through pools and identities in work.direct_gradient.
+  void differentiate_unweighted(int g, int64_t n, int s, int64_t c, Workspace& work) {
+    const Group& group = space_.groups[g];
+    const Geometry& geometry = geometry_of(g);
+    const Pools<T>& pools = pools_of(g);
+    const T* plane = state_planes(n, s) + c * geometry.h * geometry.w;
+    std::fill(work.direct_gradient, work.direct_gradient + geometry.h * geometry.w, T(0));
+    if (!space_.pools.empty()) std::fill(work.pool_gradient, work.pool_gradient + pools.bordered_size(), T(0));
+    for (size_t k = 0; k < space_.pools.size(); ++k) {
+      differentiate_pool_end(g, n, s, k, c, work.end_gradient);
+      if (space_.pools[k].max)
+        pools.max_backward(plane, result(n, pool_plane(group, s, k), c), work.end_gradient, work.pool_bordered, work.row,
+                           work.pool_gradient);
+      else
+        pools.mean_backward(work.end_gradient, work.row, work.pool_gradient);
+    }
+    if (!space_.pools.empty()) pools.add_interior(work.pool_gradient, work.direct_gradient);
+    if (space_.skip < 0 || geometry.stride > 1) return;
+    for (const Edge& edge : group.edges) {
+      if (edge.state != s) continue;
+      const T weight = mixing_[edge.number * space_.columns + space_.skip];
+      const T* d = node_gradient(n, edge.node, c);
+      for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < nodes_.columns(); ++j)
+          work.direct_gradient[i * nodes_.w + j] += weight * d[i * nodes_.out_row + j];
+    }
+  }
+  // Computes the gradient of the input of a pool's normalisation, which all edges of the state share.
+  void differentiate_pool_end(int g, int64_t n, int s, int k, int64_t c, T* to) const {
+    const Group& group = space_.groups[g];
+    const int end = space_.convolutions.size() + k;
+    const int64_t plane = pool_plane(group, s, k);
+    double d_mean = 0, d_dot = 0;
+    std::fill(to, to + size_, T(0));
+    for (const Edge& edge : group.edges) {
+      if (edge.state != s) continue;
+      const T weight = mixing_[edge.number * space_.columns + space_.pools[k].column];
+      d_mean += weight * mean_gradient_[edge.node * c_ + c];
+      d_dot += weight * total_dot_products_[end_index(edge, end) + c];
+      const T* d = node_gradient(n, edge.node, c);
+#pragma omp simd
+      for (int64_t p = 0; p < size_; ++p) to[p] += weight * d[p];
+    }
+    const T rstd = rstd_of(plane, c);
+    batch_norm_backward(nodes_, to, result(n, plane, c), rstd, static_cast<T>(d_mean), mean_of(plane, c),
+                        static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
+  }
+
+  // Adds the gradient of a state through FactorizedReduce to `to`, C planes [h, w].
+  void differentiate_reduce(int g, int64_t n, int s, T* to, Workspace& work) const {
+    const T* state = state_planes(n, s);
+    for (int half = 0; half < 2 && work.weights; ++half) grid_.gather(state, half, work.grids + half * c_ * nodes_.step);
+    for (const Edge& edge : space_.groups[g].edges) {
+      if (edge.state != s) continue;
+      differentiate_end(n, edge, edge.ends.size() - 1, work.conv_gradient);
+      for (int half = 0; half < 2; ++half) {
+        const auto weight = reduce(g, half, edge);
+        const T* d = work.conv_gradient + half * (c_ / 2) * nodes_.step;
+        if (work.weights)
+          add_outer<T, L>(d, nodes_.step, work.grids + half * c_ * nodes_.step, nodes_.step, c_ / 2, c_, size_,
+                          work.weights + weight.at);
+        multiply<T, L>(weight.value, 1, c_, d, nodes_.step, c_, c_ / 2, size_, work.inner_gradient, nodes_.step);
+        grid_.backward(state, half, work.inner_gradient, true, to);
+      }
+    }
+  }
+
+  // ---- weights
+
+  // The weights of an edge in a block.
+  struct EdgeWeight {
+    const T *value, *flipped;
+    int64_t at;
+  };
+  EdgeWeight in_block(const Block& block, int64_t offset) const {
+    return {block.value + offset, block.flipped.empty() ? nullptr : block.flipped.data() + offset, block.at + offset};
+  }
+  // k: index of the convolution.
+  EdgeWeight depthwise(int g, int k, int stage, const Edge& edge) const {
+    const Convolution& convolution = space_.convolutions[k];
+    return in_block(blocks_[first_block_[g] + 2 * (convolution.plane + stage)],
+                    edge.local * c_ * convolution.kind.kernel * convolution.kind.kernel);
+  }
+  EdgeWeight pointwise(int g, int k, int stage, const Edge& edge) const {
+    return in_block(blocks_[first_block_[g] + 2 * (space_.convolutions[k].plane + stage) + 1], edge.local * c_ * c_);
+  }
+  EdgeWeight reduce(int g, int half, const Edge& edge) const {
+    return in_block(blocks_[first_block_[g] + 2 * space_.stages + half], edge.local * (c_ / 2) * c_);
+  }
+  void differentiate(const SeparableConvolution<T>& convolution, const T* padded, const EdgeWeight& depthwise,
+                     const EdgeWeight& pointwise, T* bordered, Workspace& work) const {
+    convolution.backward(padded, depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
+                         work.inner_gradient, bordered, work.weights ? work.weights + depthwise.at : nullptr,
+                         work.weights ? work.weights + pointwise.at : nullptr, work.in_gradient);
+  }
+
+  // ---- planes and statistics
+
+  int64_t planes() const { return space_.planes * c_; }
+  const Geometry& geometry_of(int g) const { return g == 0 ? inputs_ : nodes_; }
+  const Pools<T>& pools_of(int g) const { return g == 0 ? input_pools_ : node_pools_; }
   int64_t pools_size() const { return std::max(input_pools_.bordered_size(), node_pools_.bordered_size()); }
-
-  const T* state_plane(const T* x, const T* out, int64_t n, int s) const {
-    return s < 2 ? x + (n * 2 + s) * c_ * inputs_.h * inputs_.w : out + (n * kNodes + s - 2) * c_ * nodes_.h * nodes_.w;
+  int64_t in_gradient_size() const {
+    return c_ * std::max(inputs_.stride == 1 ? inputs_.step : inputs_.plane, nodes_.step);
   }
+  int64_t pool_plane(const Group& group, int s, int k) const {
+    return group.edges[0].plane - (group.states - (s - group.first_state)) * int64_t(space_.pools.size()) + k;
+  }
+  int64_t half_plane(const Edge& edge, int half) const {
+    for (const Convolution& convolution : space_.convolutions)
+      if (convolution.kind.stages > 1 && half-- == 0) return edge.plane + convolution.plane;
+    return -1;
+  }
+  // Indices of the first of C numbers: of the end k of an edge; of the gradient of a half, in planes.
+  int64_t end_count() const { return space_.groups[0].edges[0].ends.size(); }
+  int64_t end_index(const Edge& edge, int k) const { return (edge.number * end_count() + k) * c_; }
+  int64_t half_index(int64_t n, const Edge& edge, int half) const {
+    return ((n * int64_t(space_.groups[0].edges.size()) + edge.local) * space_.halves + half) * c_;
+  }
+  T* result(int64_t n, int64_t plane, int64_t c) const { return saved_ + (n * planes() + plane * c_ + c) * size_; }
+  const T* node_gradient(int64_t n, int64_t node, int64_t c) const {
+    return gradient_ + ((n * space_.nodes + node) * c_ + c) * size_;
+  }
+  const T* state_planes(int64_t n, int s) const {
+    return s < 2 ? x_ + (n * 2 + s) * c_ * inputs_.h * inputs_.w
+                 : out_ + (n * space_.nodes + s - 2) * c_ * nodes_.h * nodes_.w;
+  }
+  T mean_of(int64_t plane, int64_t c) const { return statistics_[(plane * c_ + c) * 2]; }
+  T rstd_of(int64_t plane, int64_t c) const { return statistics_[(plane * c_ + c) * 2 + 1]; }
 
   // Copies a plane [h, w] to a plane with rounded-up rows, which end in zeros, and back.
   void expand_rows(const T* from, T* to) const {
@@ -497,140 +613,134 @@ class MixedCell {
     for (int64_t i = 0; i < nodes_.rows(); ++i)
       std::memcpy(to + i * nodes_.w, from + i * nodes_.out_row, nodes_.columns() * sizeof(T));
   }
-
+  void pool(int g, int k, const T* from, const Workspace& work, T* to) const {
+    if (space_.pools[k].max) pools_of(g).max(from, work.pool_bordered, to);
+    else pools_of(g).mean(from, work.pool_bordered, to);
+  }
   // Computes the moments of C planes of one image.
-  void compute_all_moments(const T* image, double* moments, int64_t first) const {
-    for (int64_t k = first; k < first + c_; ++k) compute_moments(nodes_, image + k * size_, moments + 2 * k);
+  void compute_all_moments(int64_t n, int64_t plane) {
+    for (int64_t c = 0; c < c_; ++c)
+      compute_moments(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
   }
-  // Combines the moments of C planes over all images to mean and 1 / sqrt(variance + epsilon); the threads share the
-  // planes.
-  void combine(const std::vector<double>& moments, int64_t image_planes, int64_t first, T* statistics) const {
-#pragma omp for schedule(static) nowait
-    for (int64_t k = first; k < first + c_; ++k) {
+  // Combines the moments of all images to the statistics of C planes each.
+  void combine(const std::vector<int64_t>& results) {
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < int64_t(results.size()) * c_; ++k) {
+      const int64_t plane = results[k / c_] * c_ + k % c_;
       double mean, variance;
-      combine_moments(moments.data() + 2 * k, n_, 2 * image_planes, nodes_.h * nodes_.w, &mean, &variance);
-      statistics[2 * k] = mean, statistics[2 * k + 1] = 1 / std::sqrt(variance + epsilon_);
+      combine_moments(moments_.data() + 2 * plane, n_, 2 * planes(), nodes_.h * nodes_.w, &mean, &variance);
+      statistics_[2 * plane] = mean, statistics_[2 * plane + 1] = 1 / std::sqrt(variance + epsilon_);
     }
   }
-  void normalise_relu_all(const T* image, const T* statistics, int64_t first, T* padded) const {
-    for (int64_t k = first; k < first + c_; ++k)
-      normalise_relu(second_, image + k * size_, nodes_.out_row, statistics[2 * k + 1], statistics[2 * k], T(0),
-                     padded + (k - first) * second_.plane);
-  }
-
-  // The input of a half of FactorizedReduce: every second row and column of C rectified planes; half 1 starts one pixel
-  // further down and right. The other function adds its gradient to that of the padded planes.
-  void gather_half(const Geometry& g, const T* padded, int half, T* to) const {
-    const int64_t first = g.at(g.padding + half, g.padding + half);
+  void pad_normalised(int64_t n, int64_t plane, T* padded) const {
     for (int64_t c = 0; c < c_; ++c)
-      for (int64_t i = 0; i < g.out_h; ++i)
-        std::memcpy(to + c * g.step + i * g.out_row, padded + c * g.plane + first + i * g.stride * g.row,
-                    g.out_row * sizeof(T));
-  }
-  void scatter_add_half(const Geometry& g, const T* from, int half, T* padded) const {
-    const int64_t first = g.at(g.padding + half, g.padding + half);
-    for (int64_t c = 0; c < c_; ++c)
-      for (int64_t i = 0; i < g.out_h; ++i) {
-        T* to = padded + c * g.plane + first + i * g.stride * g.row;
-#pragma omp simd
-        for (int64_t j = 0; j < g.out_w; ++j) to[j] += from[c * g.step + i * g.out_row + j];
-      }
+      normalise_relu(second_, result(n, plane, c), nodes_.out_row, rstd_of(plane, c), mean_of(plane, c), T(0),
+                     padded + c * second_.plane);
   }
 
-  // Computes the gradient of the input of a pool's normalisation, which all edges of the state share.
-  void pool_gradient(int64_t n, int s, int end, int64_t c, const Group& group, const T* mixing, const T* gradient,
-                     const T* image, const T* statistics, const std::vector<T>& mean_gradient,
-                     const std::vector<double>& total_dot_products, T* to) const {
-    const int64_t from = pool_plane(s, end - kMaxEnd) + c;
-    const T mean = statistics[from * 2], rstd = statistics[from * 2 + 1];
-    const T* y = image + from * size_;
-    double d_mean = 0, d_dot = 0;
-    std::fill(to, to + size_, T(0));
-    for (int e = group.first_edge; e < group.first_edge + group.edges; ++e) {
-      const Edge& edge = kEdge[e];
-      if (edge.state != s) continue;
-      const T weight = mixing[edge.number * kPrimitives + kPrimitiveOf[end]];
-      d_mean += weight * mean_gradient[edge.node * c_ + c];
-      d_dot += weight * total_dot_products[(e * kEnds + end) * c_ + c];
-      const T* d = gradient + (n * kNodes * c_ + edge.node * c_ + c) * size_;
-#pragma omp simd
-      for (int64_t p = 0; p < size_; ++p) to[p] += weight * d[p];
-    }
-    batch_norm_backward(nodes_, to, y, rstd, static_cast<T>(d_mean), mean,
-                        static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
-  }
-
+  const Space& space_;
+  const T *x_, *mixing_;
   const int64_t n_, c_;
-  const bool reduction_;
   const double epsilon_;
   const Geometry inputs_, nodes_, second_;       // of states 0 and 1; of the nodes; between the halves of a sep_conv
   const int64_t size_, count_;                   // numbers per saved plane; numbers per normalised channel
   const Pools<T> input_pools_, node_pools_;
+  const RectifiedGrid<T> grid_;
+  std::vector<std::unique_ptr<SeparableConvolution<T>>> first_convolutions_[2], second_convolutions_;
+  std::vector<Block> blocks_;                    // group by group, in the order of README.md
+  std::vector<int> first_block_;                 // of each group
+  int64_t weights_size_ = 0;
+  T *out_, *saved_, *statistics_;
+  std::vector<double> moments_;                  // [N, planes, 2]
+  // Gradients of the nodes [N, nodes, C planes], and of the first normalisation's output in the sep_convs of a group.
+  T *gradient_, *half_gradient_;
+  std::vector<double> sums_, dot_products_, total_dot_products_, half_sums_;
+  std::vector<T> mean_gradient_, slope_, half_mean_, half_slope_;
 };
 
-std::vector<Tensor> Forward(const Tensor& x, const Tensor& depthwise3, const Tensor& depthwise5,
-                            const Tensor& pointwise, const Tensor& mixing, bool reduction, bool, float epsilon) {
-  const int64_t n = x.shape()[0], c = pointwise.shape()[1];
-  const int64_t h = x.shape()[2] / (reduction ? 2 : 1), w = x.shape()[3] / (reduction ? 2 : 1);
-  Tensor out = paddle::empty({n, kNodes * c, h, w}, x.dtype(), x.place()), saved, statistics;
-  PD_DISPATCH_FLOATING_TYPES(x.type(), "mixed_cell", ([&] {
-    dispatch_lanes<data_t>(w, [&](auto lanes) {
+// Checks the inputs of the forward pass; returns the shape of the output.
+Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float epsilon) {
+  PD_CHECK(inputs.size() >= 2 && epsilon > 0, "a mixed cell needs its states, mixing weights and a positive epsilon");
+  check_types(inputs);
+  const Shape x = inputs[0].shape();
+  const int64_t stride = space.reduction ? 2 : 1;
+  PD_CHECK(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride == 0 && x[3] % stride == 0,
+           "the states have to be [N, 2 C, H, W] with an even C, and in a reduction cell an even H and W");
+  check_shape("the tensor of mixing weights", inputs[1], {space.edges, space.columns});
+  return {x[0], space.nodes * x[1] / 2, x[2] / stride, x[3] / stride};
+}
+
+std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector<std::string>& primitives, int nodes,
+                            bool reduction, bool, float epsilon) {
+  const Space space(primitives, nodes, reduction);
+  const Shape shape = check_inputs(space, inputs, epsilon);
+  const Tensor& x = inputs[0];
+  const int64_t planes = space.planes * x.shape()[1] / 2;
+  const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, x.dtype(), x.place()); };
+  Tensor out = empty(shape), statistics = empty({planes, 2}), saved;
+  PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_mixed_cell", ([&] {
+    dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
       using Cell = MixedCell<data_t, decltype(lanes)::value>;
-      const int64_t planes = Cell::planes(c, reduction);
-      saved = paddle::empty({n, planes, Cell::plane_size(h, w)}, x.dtype(), x.place());
-      statistics = paddle::empty({planes, 2}, x.dtype(), x.place());
-      Cell(x, pointwise, reduction, epsilon)
-          .forward(x.data<data_t>(), depthwise3.data<data_t>(), depthwise5.data<data_t>(), pointwise.data<data_t>(),
-                   mixing.data<data_t>(), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>());
+      Cell cell(space, inputs, nullptr, epsilon);
+      saved = empty({shape[0], planes, Cell::plane_size(shape[2], shape[3])});
+      cell.forward(out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>());
     });
   }));
   return {out, saved, statistics};
 }
 
-std::vector<Tensor> Backward(const Tensor& x, const Tensor& depthwise3, const Tensor& depthwise5,
-                             const Tensor& pointwise, const Tensor& mixing, const Tensor& out, const Tensor& saved,
-                             const Tensor& statistics, const Tensor& out_gradient, bool reduction,
+std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& out, const Tensor& saved,
+                             const Tensor& statistics, const Tensor& out_gradient,
+                             const std::vector<std::string>& primitives, int nodes, bool reduction,
                              bool weight_gradients, float epsilon) {
-  const auto like = [](const Tensor& t) { return paddle::zeros(t.shape(), t.dtype(), t.place()); };
-  Tensor x_gradient = paddle::empty(x.shape(), x.dtype(), x.place()), gradient3 = like(depthwise3);
-  Tensor gradient5 = like(depthwise5), gradient1 = like(pointwise), mixing_gradient = like(mixing);
-  PD_DISPATCH_FLOATING_TYPES(x.type(), "mixed_cell_grad", ([&] {
-    dispatch_lanes<data_t>(out.shape()[3], [&](auto lanes) {
-      MixedCell<data_t, decltype(lanes)::value>(x, pointwise, reduction, epsilon)
-          .backward(x.data<data_t>(), depthwise3.data<data_t>(), depthwise5.data<data_t>(), pointwise.data<data_t>(),
-                    mixing.data<data_t>(), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
-                    out_gradient.data<data_t>(), weight_gradients, x_gradient.data<data_t>(), gradient3.data<data_t>(),
-                    gradient5.data<data_t>(), gradient1.data<data_t>(), mixing_gradient.data<data_t>());
+  const Space space(primitives, nodes, reduction);
+  const Shape shape = check_inputs(space, inputs, epsilon);
+  const int64_t planes = space.planes * inputs[0].shape()[1] / 2;
+  check_types({inputs[0], out, saved, statistics, out_gradient});
+  check_shape("the output", out, shape);
+  check_shape("the gradient of the output", out_gradient, shape);
+  check_shape("the tensor of statistics", statistics, {planes, 2});
+  std::vector<Tensor> gradients = gradients_of(inputs, 1);
+  PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_mixed_cell_grad", ([&] {
+    dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
+      using Cell = MixedCell<data_t, decltype(lanes)::value>;
+      check_shape("the tensor of saved results", saved, {shape[0], planes, Cell::plane_size(shape[2], shape[3])});
+      Cell(space, inputs, &gradients, epsilon)
+          .backward(out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(), out_gradient.data<data_t>(),
+                    weight_gradients, gradients[0].data<data_t>(), gradients[1].data<data_t>());
     });
   }));
-  return {x_gradient, gradient3, gradient5, gradient1, mixing_gradient};
+  return gradients;
 }
 
-std::vector<std::vector<int64_t>> InferShape(const std::vector<int64_t>& x, const std::vector<int64_t>&,
-                                             const std::vector<int64_t>&, const std::vector<int64_t>& pointwise,
-                                             const std::vector<int64_t>&, bool reduction, bool, float) {
-  const int64_t c = pointwise[1], planes = MixedCell<float, 4>::planes(c, reduction), stride = reduction ? 2 : 1;
-  return {{x[0], kNodes * c, x[2] / stride, x[3] / stride}, {x[0], planes, -1}, {planes, 2}};
+std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const std::vector<std::string>& primitives, int nodes,
+                              bool reduction, bool, float) {
+  const Space space(primitives, nodes, reduction);
+  const Shape& x = inputs[0];
+  const int64_t planes = space.planes * x[1] / 2, stride = reduction ? 2 : 1;
+  return {{x[0], nodes * x[1] / 2, x[2] / stride, x[3] / stride}, {x[0], planes, -1}, {planes, 2}};
 }
 
-std::vector<paddle::DataType> InferDtype(paddle::DataType x, paddle::DataType, paddle::DataType, paddle::DataType,
-                                         paddle::DataType) {
-  return {x, x, x};
+std::vector<paddle::DataType> InferDtype(const std::vector<paddle::DataType>& inputs) {
+  return {inputs[0], inputs[0], inputs[0]};
 }
 
 }  // namespace
 
+#define DARTS_MIXED_CELL_ATTRIBUTES                                                                                 \
+  {"primitives: std::vector<std::string>", "nodes: int", "reduction: bool", "weight_gradients: bool", "epsilon: float"}
+
+// Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_mixed_cell)
-    .Inputs({"X", "Depthwise3", "Depthwise5", "Pointwise", "Mixing"})
+    .Inputs({paddle::Vec("Inputs")})
     .Outputs({"Out", "Saved", "Statistics"})
-    .Attrs({"reduction: bool", "weight_gradients: bool", "epsilon: float"})
+    .Attrs(DARTS_MIXED_CELL_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(Forward))
     .SetInferShapeFn(PD_INFER_SHAPE(InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(InferDtype));
 
 PD_BUILD_GRAD_OP(darts_mixed_cell)
-    .Inputs({"X", "Depthwise3", "Depthwise5", "Pointwise", "Mixing", "Out", "Saved", "Statistics", paddle::Grad("Out")})
-    .Outputs({paddle::Grad("X"), paddle::Grad("Depthwise3"), paddle::Grad("Depthwise5"), paddle::Grad("Pointwise"),
-              paddle::Grad("Mixing")})
-    .Attrs({"reduction: bool", "weight_gradients: bool", "epsilon: float"})
+    .Inputs({paddle::Vec("Inputs"), "Out", "Saved", "Statistics", paddle::Grad("Out")})
+    .Outputs({paddle::Grad(paddle::Vec("Inputs"))})
+    .Attrs(DARTS_MIXED_CELL_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(Backward));

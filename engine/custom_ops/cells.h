@@ -1,0 +1,100 @@
+// What both operators of this folder know about cells: the convolutions by name, the weights of a cell, checks.
+#pragma once
+
+#include <cmath>
+#include <string>
+
+#include "kernels.h"
+
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+// The separable convolutions. stages: how often ReLU, convolution and normalisation follow each other; only the first
+// stage has a stride.
+struct ConvolutionKind {
+  const char* name;
+  int kernel, dilation, stages;
+};
+constexpr ConvolutionKind kConvolutions[] = {{"sep_conv_3x3", 3, 1, 2}, {"sep_conv_5x5", 5, 1, 2},
+                                             {"sep_conv_7x7", 7, 1, 2}, {"dil_conv_3x3", 3, 2, 1},
+                                             {"dil_conv_5x5", 5, 2, 1}};
+
+// Returns the convolution of an operation, or null.
+inline const ConvolutionKind* find_convolution(const std::string& name) {
+  for (const ConvolutionKind& kind : kConvolutions)
+    if (name == kind.name) return &kind;
+  return nullptr;
+}
+inline bool is_pool(const std::string& name) { return name == "max_pool_3x3" || name == "avg_pool_3x3"; }
+
+// Raises an error for an operation that neither cell computes.
+inline void check_operation(const std::string& name) {
+  PD_CHECK(find_convolution(name) || is_pool(name) || name == "skip_connect" || name == "none",
+           "the compiled operators have no operation ", name);
+}
+
+inline void check_shape(const char* name, const Tensor& tensor, const Shape& expected) {
+  PD_CHECK(tensor.shape() == expected, name, " has a wrong shape");
+}
+
+// Raises an error unless all tensors are on the CPU and have the element type of the first one, float32 or float64.
+inline void check_types(const std::vector<Tensor>& tensors) {
+  PD_CHECK(!tensors.empty(), "there is no input");
+  for (const Tensor& tensor : tensors) {
+    PD_CHECK(tensor.is_cpu(), "an input is not on the CPU");
+    PD_CHECK(tensor.dtype() == tensors[0].dtype(), "the inputs have different element types");
+  }
+  PD_CHECK(tensors[0].dtype() == paddle::DataType::FLOAT32 || tensors[0].dtype() == paddle::DataType::FLOAT64,
+           "the element type is neither float32 nor float64");
+}
+
+// Assigns the weights of a cell to its operations. Every call of `take` returns the next rows of a tensor.
+template <typename T>
+class Weights {
+ public:
+  // inputs: those of the operator. From the third on they are tensors [rows, columns, k, k], one per pair (columns, k),
+  // and possibly one tensor [rows] of all scales and shifts. gradients: tensors of the same shapes, or null.
+  Weights(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients)
+      : values_(inputs), gradients_(gradients), used_(inputs.size(), 0) {}
+
+  struct Weight {
+    const T* value = nullptr;
+    T* gradient = nullptr;
+    int64_t size = 0;
+  };
+  Weight take(int64_t rows, int64_t columns, int64_t kernel) {
+    for (size_t k = 2; k < values_.size(); ++k) {
+      const Shape shape = values_[k].shape();
+      const bool fits = columns ? shape.size() == 4 && shape[1] == columns && shape[2] == kernel && shape[3] == kernel
+                                : shape.size() == 1;
+      const int64_t size = rows * (columns ? columns * kernel * kernel : 1);
+      if (!fits || used_[k] + size > values_[k].numel()) continue;
+      const int64_t from = used_[k];
+      used_[k] += size;
+      return {values_[k].data<T>() + from, gradients_ ? (*gradients_)[k].template data<T>() + from : nullptr, size};
+    }
+    PD_THROW("the cell lacks weights of one of its operations");
+  }
+  Weight take_affine(int64_t size) { return take(size, 0, 0); }
+  void check_all_used() const {
+    for (size_t k = 2; k < values_.size(); ++k)
+      PD_CHECK(used_[k] == values_[k].numel(), "the cell has more weights than its operations need");
+  }
+
+ private:
+  const std::vector<Tensor>& values_;
+  std::vector<Tensor>* gradients_;
+  std::vector<int64_t> used_;
+};
+
+// Returns tensors for the gradients of the inputs of a cell: those before `written` are written, the others added to.
+inline std::vector<Tensor> gradients_of(const std::vector<Tensor>& inputs, size_t written) {
+  std::vector<Tensor> gradients;
+  for (const Tensor& input : inputs)
+    gradients.push_back(gradients.size() < written ? paddle::empty(input.shape(), input.dtype(), input.place())
+                                                   : paddle::zeros(input.shape(), input.dtype(), input.place()));
+  return gradients;
+}
+
+}  // namespace
