@@ -4,94 +4,97 @@
 
 namespace {
 
-// A convolution of an edge; column: of the mixing weights; plane: of its first stage, among those of the edge.
+// A convolution of every edge; column: of the mixing weights; stage: index of its first stage; half: index among the
+// convolutions with two stages.
 struct Convolution {
   ConvolutionKind kind;
-  int column, plane;
+  int column, stage, half;
 };
 struct PoolKind {
   bool max;
   int column;
 };
-// The result of an operation on an edge, scaled by the mixing weight in `column`; plane: -1 for the identity, otherwise
-// the index of C saved planes, those of a result before its batch normalisation.
+// The result of an operation on an edge, which the mixing weight in `column` scales. plane: of C saved planes, those
+// before its normalisation; -1 for the identity. shared: whether all edges from a state share them, as for a pool.
 struct End {
   int column;
   int64_t plane;
+  bool shared;
 };
-// number: row of the mixing weights; local: index in the group; plane: index of the first saved planes.
+// number: row of the mixing weights; local: index in the order of the weights, by node, then by state.
 struct Edge {
   int state, node, number, local;
-  int64_t plane;
   std::vector<End> ends;
 };
-// States whose edges are computed together, as SearchSpace.state_groups; edges ordered by node, then by state.
-// first_results, second_results: the planes that are complete after the first and second convolutions.
+// States whose edges are computed together, as SearchSpace.state_groups; edges ordered by state, then by node. Its saved
+// planes begin at `plane`; those of second stages begin at second_plane.
 struct Group {
   int first_state, states, first_node;
+  int64_t plane, second_plane, end_plane;
   std::vector<Edge> edges;
-  std::vector<int64_t> first_results, second_results;
 };
 
-// The cell that the attributes of the operator describe: the same for all images, channels and element types.
+// The cell that the attributes of the operator describe. Planes are counted in units of C.
 struct Space {
   std::vector<Convolution> convolutions;
   std::vector<PoolKind> pools;
   std::vector<Group> groups;
-  int nodes, columns, skip = -1, halves = 0;       // halves: the number of convolutions with two stages
-  int64_t edges = 0, planes = 0, padding = 0;      // planes: saved per image, in units of C
-  int64_t second_padding = 0, stages = 0;
+  int nodes, columns, skip = -1, stages = 0, halves = 0;
+  int64_t edges = 0, planes = 0, padding = 0, second_padding = 0;
   bool reduction;
 
   Space(const std::vector<std::string>& primitives, int nodes, bool reduction)
       : nodes(nodes), columns(primitives.size()), reduction(reduction) {
     PD_CHECK(nodes > 0 && nodes <= 1000 && columns > 0, "a cell needs from 1 to 1000 nodes, and primitives");
     for (int k = 0; k < columns; ++k) {
-      const std::string& name = primitives[k];
-      check_operation(name);
-      PD_CHECK(std::count(primitives.begin(), primitives.end(), name) == 1, name, " occurs more than once");
-      if (name == "skip_connect") skip = k;
-      if (is_pool(name)) pools.push_back({name == "max_pool_3x3", k});
-      const ConvolutionKind* kind = find_convolution(name);
+      check_operation(primitives[k]);
+      PD_CHECK(std::count(primitives.begin(), primitives.end(), primitives[k]) == 1, primitives[k],
+               " occurs more than once");
+      if (primitives[k] == "skip_connect") skip = k;
+      if (is_pool(primitives[k])) pools.push_back({primitives[k] == "max_pool_3x3", k});
+      const ConvolutionKind* kind = find_convolution(primitives[k]);
       if (!kind) continue;
-      convolutions.push_back({*kind, k, static_cast<int>(stages)});
-      stages += kind->stages, halves += kind->stages > 1;
+      convolutions.push_back({*kind, k, stages, halves});
+      stages += kind->stages, halves += kind->stages - 1;
       padding = std::max<int64_t>(padding, kind->dilation * (kind->kernel / 2));
       if (kind->stages > 1) second_padding = std::max<int64_t>(second_padding, kind->kernel / 2);
     }
-    padding += padding % 2;                        // padding with stride 2 is faster with an even border
-    for (int last = 1; last <= nodes; ++last) add_group(last == 1 ? 0 : last, last == 1 ? 2 : 1);
-    for (Group& group : groups) add_planes(&group);
+    padding += padding % 2;                        // an even border is faster with stride 2
+    for (int state = 0; state <= nodes; state += state ? 1 : 2) add_group(state, state ? 1 : 2);
   }
 
-  bool has_factorized_reduce(const Group& group) const { return reduction && skip >= 0 && group.first_state == 0; }
+  bool has_reduce(const Group& group) const { return reduction && skip >= 0 && group.first_state == 0; }
+  int64_t pool_plane(const Group& group, int state, int k) const {
+    return group.plane + (state - group.first_state) * int64_t(pools.size()) + k;
+  }
+  int64_t convolution_plane(const Group& group, const Edge& edge, const Convolution& convolution, int stage) const {
+    if (stage) return group.second_plane + edge.local * halves + convolution.half;
+    return pool_plane(group, group.first_state + group.states, 0) + edge.local * int64_t(convolutions.size()) +
+           (&convolution - convolutions.data());
+  }
+  int64_t reduce_plane(const Group& group, const Edge& edge) const {
+    return group.second_plane - int64_t(group.edges.size()) + edge.local;
+  }
 
  private:
   void add_group(int first_state, int states) {
-    Group group{first_state, states, std::max(0, first_state + states - 2), {}, {}, {}};
-    for (int node = group.first_node; node < nodes; ++node)
-      for (int s = first_state; s < first_state + states; ++s)
-        group.edges.push_back({s, node, node * (node + 3) / 2 + s, static_cast<int>(group.edges.size()), 0, {}});
-    edges += group.edges.size();
-    groups.push_back(group);
-  }
-  void add_planes(Group* group) {
-    const int64_t pool_planes = planes;
-    planes += group->states * pools.size();
-    for (int64_t k = pool_planes; k < planes; ++k) group->first_results.push_back(k);
-    for (Edge& edge : group->edges) {
-      edge.plane = planes;
-      for (const Convolution& convolution : convolutions) {
-        group->first_results.push_back(planes++);
-        if (convolution.kind.stages > 1) group->second_results.push_back(planes++);
-        edge.ends.push_back({convolution.column, planes - 1});
-      }
+    Group group{first_state, states, std::max(0, first_state - 1), planes, 0, 0, {}};
+    for (int s = first_state; s < first_state + states; ++s)
+      for (int node = group.first_node; node < nodes; ++node)
+        group.edges.push_back({s, node, node * (node + 3) / 2 + s,
+                               (node - group.first_node) * states + s - first_state, {}});
+    const int64_t count = group.edges.size();
+    group.second_plane = planes + states * pools.size() + count * (convolutions.size() + has_reduce(group));
+    group.end_plane = group.second_plane + count * halves;
+    for (Edge& edge : group.edges) {
+      for (const Convolution& each : convolutions)
+        edge.ends.push_back({each.column, convolution_plane(group, edge, each, each.kind.stages - 1), false});
       for (size_t k = 0; k < pools.size(); ++k)
-        edge.ends.push_back({pools[k].column, pool_planes + (edge.state - group->first_state) * int64_t(pools.size()) +
-                                                  static_cast<int64_t>(k)});
-      if (has_factorized_reduce(*group)) group->first_results.push_back(planes++);
-      if (skip >= 0) edge.ends.push_back({skip, has_factorized_reduce(*group) ? planes - 1 : -1});
+        edge.ends.push_back({pools[k].column, pool_plane(group, edge.state, k), true});
+      if (skip >= 0) edge.ends.push_back({skip, has_reduce(group) ? reduce_plane(group, edge) : -1, false});
     }
+    edges += count, planes = group.end_plane;
+    groups.push_back(group);
   }
 };
 
@@ -106,18 +109,12 @@ class MixedCell {
         nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, space.padding, L)),
         second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, space.second_padding, L)), size_(nodes_.size),
         count_(n_ * nodes_.h * nodes_.w), input_pools_(inputs_), node_pools_(nodes_), grid_(inputs_, c_) {
-    for (const Convolution& convolution : space.convolutions) {
-      const ConvolutionKind& kind = convolution.kind;
-      first_convolutions_[0].push_back(make_separable<T, L>(kind.kernel, inputs_, kind.dilation, c_));
-      first_convolutions_[1].push_back(make_separable<T, L>(kind.kernel, nodes_, kind.dilation, c_));
-      second_convolutions_.push_back(make_separable<T, L>(kind.kernel, second_, 1, c_));
-    }
     Weights<T> weights(inputs, gradients);
-    const auto take = [&](int64_t rows, int64_t columns, int kernel) {
+    const auto take = [&](int64_t rows, int64_t columns, int64_t kernel) {
       const auto weight = weights.take(rows, columns, kernel);
       blocks_.push_back({weight.value, weight.gradient, weight.size, weights_size_, {}});
       weights_size_ += weight.size;
-      if (gradients && columns == 1) blocks_.back().flipped = flip(weight.value, rows, int64_t(kernel) * kernel);
+      if (gradients && columns == 1) blocks_.back().flipped = flip(weight.value, rows, kernel * kernel);
     };
     for (const Group& group : space.groups) {
       first_block_.push_back(blocks_.size());
@@ -126,15 +123,20 @@ class MixedCell {
           take(group.edges.size() * c_, 1, convolution.kind.kernel);
           take(group.edges.size() * c_, c_, 1);
         }
-      for (int half = 0; half < 2 && space.has_factorized_reduce(group); ++half)
-        take(group.edges.size() * (c_ / 2), c_, 1);
+      for (int half = 0; half < 2 && space.has_reduce(group); ++half) take(group.edges.size() * (c_ / 2), c_, 1);
     }
     weights.check_all_used();
+    for (const Convolution& convolution : space.convolutions) {
+      const ConvolutionKind& kind = convolution.kind;
+      for (const Geometry* geometry : {&inputs_, &nodes_})
+        convolutions_[geometry == &nodes_].push_back(make_separable<T, L>(kind.kernel, *geometry, kind.dilation, c_));
+      convolutions_[2].push_back(kind.stages > 1 ? make_separable<T, L>(kind.kernel, second_, 1, c_) : nullptr);
+    }
   }
 
   static int64_t plane_size(int64_t out_h, int64_t out_w) { return out_h * ((out_w + L - 1) / L * L); }
 
-  // Writes out [N, nodes, C planes], saved [N, planes] and statistics [planes, 2]: mean and 1 / sqrt(variance + epsilon).
+  // Writes out [N, nodes, C planes], saved [N, planes] and statistics [planes, 2]: mean, 1 / sqrt(variance + epsilon).
   void forward(T* out, T* saved, T* statistics) {
     out_ = out, saved_ = saved, statistics_ = statistics;
     moments_.resize(n_ * planes() * 2);
@@ -142,10 +144,11 @@ class MixedCell {
     {
       Workspace work(*this);
       for (size_t g = 0; g < space_.groups.size(); ++g) {
-        convolve_states(g, work);
-        combine(space_.groups[g].first_results);
-        convolve_again(g, work);
-        combine(space_.groups[g].second_results);
+        const Group& group = space_.groups[g];
+        convolve(g, 0, work);
+        combine(group.plane, group.second_plane);
+        convolve(g, 1, work);
+        combine(group.second_plane, group.end_plane);
         add_edges(g, work);
       }
     }
@@ -156,15 +159,12 @@ class MixedCell {
                 T* x_gradient, T* mixing_gradient) {
     // The backward pass does not write to these tensors.
     out_ = const_cast<T*>(out), saved_ = const_cast<T*>(saved), statistics_ = const_cast<T*>(statistics);
-    const int64_t node_planes = space_.nodes * c_, ends = space_.edges * end_count();
-    const int64_t most_edges = space_.groups[0].edges.size(), halves = space_.halves;
+    const int64_t node_planes = space_.nodes * c_, ends = space_.edges * end_count() * c_;
     static thread_local Storage<T> nodes_storage, halves_storage;
     gradient_ = nodes_storage.reserve(n_ * node_planes * size_);
-    half_gradient_ = halves_storage.reserve(n_ * most_edges * halves * c_ * size_);
-    sums_.resize(n_ * node_planes), dot_products_.resize(n_ * ends * c_), total_dot_products_.resize(ends * c_);
-    half_sums_.resize(n_ * most_edges * halves * c_ * 2);
-    mean_gradient_.resize(node_planes), slope_.resize(ends * c_);
-    half_mean_.resize(most_edges * halves * c_), half_slope_.resize(most_edges * halves * c_);
+    half_gradient_ = halves_storage.reserve(half_planes() * n_ * size_);
+    sums_.resize(n_ * node_planes), dot_products_.resize(n_ * ends), half_sums_.resize(n_ * half_planes() * 2);
+    node_mean_.resize(node_planes), d_mean_.resize(planes()), slope_.resize(planes());
     PartialSums<T> partial;
 #pragma omp parallel num_threads(threads())
     {
@@ -176,9 +176,9 @@ class MixedCell {
       for (int g = space_.groups.size() - 1; g >= 0; --g) {
         sum_gradients(g);
         combine_gradients(g, mixing_gradient);
-        differentiate_again(g, work);
+        differentiate(g, 1, x_gradient, work);
         combine_half_gradients(g);
-        differentiate_states(g, x_gradient, work);
+        differentiate(g, 0, x_gradient, work);
       }
     }
     for (const Block& block : blocks_)
@@ -186,88 +186,85 @@ class MixedCell {
   }
 
  private:
-  // The weights of one convolution on all edges of a group; at: index in the sums of a thread's gradients.
+  // The weights of a convolution on all edges of a group; at: index in the sums of a thread's gradients.
   struct Block {
     const T* value;
     T* gradient;
     int64_t size, at;
     std::vector<T> flipped;
   };
+  struct EdgeWeight {
+    const T *value, *flipped;
+    T* gradient;                                     // the sums of a thread, or null
+  };
 
-  // Memory of a thread: planes of C channels, or of one channel.
+  // Memory of a thread: C planes each, or one plane.
   struct Workspace {
     explicit Workspace(const MixedCell& cell)
-        : scratch(cell.c_ * (cell.inputs_.plane + cell.nodes_.plane + cell.second_.plane + 5 * cell.nodes_.step) +
-                  cell.in_gradient_size() + cell.inputs_.plane + cell.nodes_.plane + cell.second_.plane +
-                  2 * cell.pools_size() + 4 * cell.size_ + cell.inputs_.h * cell.inputs_.w),
-          padded{scratch.zeros(cell.c_ * cell.inputs_.plane), scratch.zeros(cell.c_ * cell.nodes_.plane)},
-          padded_second(scratch.zeros(cell.c_ * cell.second_.plane)),
-          bordered{scratch.zeros(cell.inputs_.plane), scratch.zeros(cell.nodes_.plane)},
-          bordered_second(scratch.zeros(cell.second_.plane)), inner(scratch.take(cell.c_ * cell.nodes_.step)),
-          inner_gradient(scratch.take(cell.c_ * cell.nodes_.step)), grids(scratch.take(2 * cell.c_ * cell.nodes_.step)),
-          conv_gradient(scratch.zeros(cell.c_ * cell.nodes_.step)), in_gradient(scratch.take(cell.in_gradient_size())),
-          pool_bordered(scratch.take(cell.pools_size())), pool_gradient(scratch.take(cell.pools_size())),
-          total(scratch.take(cell.size_)), end_gradient(scratch.take(cell.size_)), row(scratch.take(cell.size_)),
-          direct_gradient(scratch.take(std::max(cell.size_, cell.inputs_.h * cell.inputs_.w))) {}
+        : Workspace(cell, cell.c_ * std::max(cell.inputs_.stride == 1 ? cell.inputs_.step : cell.inputs_.plane,
+                                             cell.nodes_.step),
+                    std::max(cell.input_pools_.bordered_size(), cell.node_pools_.bordered_size()),
+                    std::max(cell.inputs_.h * cell.inputs_.w, cell.size_), cell.c_ * cell.nodes_.step) {}
+    Workspace(const MixedCell& cell, int64_t in_size, int64_t pool_size, int64_t plane, int64_t planes)
+        : scratch((cell.c_ + 1) * (cell.inputs_.plane + cell.nodes_.plane + cell.second_.plane) + 7 * planes + in_size +
+                  2 * pool_size + 4 * plane),
+          padded{scratch.zeros(cell.c_ * cell.inputs_.plane), scratch.zeros(cell.c_ * cell.nodes_.plane),
+                 scratch.zeros(cell.c_ * cell.second_.plane)},
+          bordered{scratch.zeros(cell.inputs_.plane), scratch.zeros(cell.nodes_.plane),
+                   scratch.zeros(cell.second_.plane)},
+          inner(scratch.take(planes)), inner_gradient(scratch.take(planes)), conv_gradient(scratch.zeros(planes)),
+          grids(scratch.take(2 * planes)), grids_gradient(scratch.take(2 * planes)), in_gradient(scratch.take(in_size)),
+          pool_bordered(scratch.take(pool_size)), pool_gradient(scratch.take(pool_size)), total(scratch.take(plane)),
+          end_gradient(scratch.take(plane)), row(scratch.take(plane)), direct_gradient(scratch.take(plane)) {}
     Scratch<T> scratch;
-    T *padded[2], *padded_second;                    // rectified states, inputs or nodes; first halves of a sep_conv
-    T *bordered[2], *bordered_second;                // a padded plane, for gradients
-    T *inner, *inner_gradient, *grids, *conv_gradient, *in_gradient;
-    T *pool_bordered, *pool_gradient, *total, *end_gradient, *row, *direct_gradient;
+    // Rectified planes and a plane of their gradient: of inputs, of nodes, between the halves of a sep_conv.
+    T *padded[3], *bordered[3];
+    T *inner, *inner_gradient, *conv_gradient, *grids, *grids_gradient, *in_gradient, *pool_bordered, *pool_gradient;
+    T *total, *end_gradient, *row, *direct_gradient;
     T* weights = nullptr;                            // gradients of all weights, or null
   };
 
-  // ---- forward pass of a group of states
-
-  // Computes pools, first convolutions and FactorizedReduce of every edge, up to their normalisation.
-  void convolve_states(int g, Workspace& work) {
+  // Computes the convolutions of a stage on all edges of a group, up to their normalisation. Stage 0 begins with the
+  // pools of each state and ends with FactorizedReduce.
+  void convolve(int g, int stage, Workspace& work) {
     const Group& group = space_.groups[g];
-    const Geometry& geometry = geometry_of(g);
-    T* padded = work.padded[g > 0];
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n) {
-      for (int s = group.first_state; s < group.first_state + group.states; ++s) {
-        const T* state = state_planes(n, s);
-        for (int64_t c = 0; c < c_; ++c) pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
-        for (size_t k = 0; k < space_.pools.size(); ++k) {
-          const int64_t plane = pool_plane(group, s, k);
-          for (int64_t c = 0; c < c_; ++c) pool(g, k, state + c * geometry.h * geometry.w, work, result(n, plane, c));
-          compute_all_moments(n, plane);
-        }
-        for (int half = 0; half < 2 && space_.has_factorized_reduce(group); ++half)
-          grid_.gather(state, half, work.grids + half * c_ * nodes_.step);
-        for (const Edge& edge : group.edges) {
-          if (edge.state != s) continue;
-          for (size_t k = 0; k < space_.convolutions.size(); ++k) {
-            const int64_t plane = edge.plane + space_.convolutions[k].plane;
-            first_convolutions_[g > 0][k]->forward(padded, depthwise(g, k, 0, edge).value,
-                                                   pointwise(g, k, 0, edge).value, work.inner, result(n, plane, 0));
-            compute_all_moments(n, plane);
-          }
-          if (!space_.has_factorized_reduce(group)) continue;
-          const int64_t plane = edge.ends.back().plane;
-          for (int half = 0; half < 2; ++half)
-            multiply<T, L>(reduce(g, half, edge).value, c_, 1, work.grids + half * c_ * nodes_.step, nodes_.step, c_ / 2,
-                           c_, size_, result(n, plane, half * (c_ / 2)), size_);
-          compute_all_moments(n, plane);
-        }
-      }
-    }
-  }
-
-  // Computes the second halves of the separable convolutions.
-  void convolve_again(int g, Workspace& work) {
+    const int place = stage ? 2 : g > 0;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < n_; ++n)
-      for (const Edge& edge : space_.groups[g].edges)
-        for (size_t k = 0; k < space_.convolutions.size(); ++k) {
-          if (space_.convolutions[k].kind.stages == 1) continue;
-          const int64_t plane = edge.plane + space_.convolutions[k].plane;
-          pad_normalised(n, plane, work.padded_second);
-          second_convolutions_[k]->forward(work.padded_second, depthwise(g, k, 1, edge).value,
-                                           pointwise(g, k, 1, edge).value, work.inner, result(n, plane + 1, 0));
-          compute_all_moments(n, plane + 1);
+      for (const Edge& edge : group.edges) {
+        if (stage == 0 && edge.node == group.first_node) start_state(g, n, edge.state, work);
+        for (const Convolution& convolution : space_.convolutions) {
+          if (stage == convolution.kind.stages) continue;
+          const int64_t plane = space_.convolution_plane(group, edge, convolution, stage);
+          if (stage) pad_normalised(n, space_.convolution_plane(group, edge, convolution, 0), work.padded[2]);
+          const int block = 2 * (convolution.stage + stage);
+          convolutions_[place][&convolution - space_.convolutions.data()]->forward(
+              work.padded[place], weight(g, block, edge, work).value, weight(g, block + 1, edge, work).value,
+              work.inner, result(n, plane, 0));
+          compute_all_moments(n, plane);
         }
+        if (stage || !space_.has_reduce(group)) continue;
+        const int64_t plane = space_.reduce_plane(group, edge);
+        for (int half = 0; half < 2; ++half)
+          multiply<T, L>(weight(g, 2 * space_.stages + half, edge, work).value, c_, 1, work.grids + half * grid_size(),
+                         nodes_.step, c_ / 2, c_, size_, result(n, plane, half * (c_ / 2)), size_);
+        compute_all_moments(n, plane);
+      }
+  }
+  void start_state(int g, int64_t n, int s, Workspace& work) {
+    pad_state(g, n, s, work);
+    const T* state = state_planes(n, s);
+    const int64_t state_size = geometry_of(g).h * geometry_of(g).w;
+    for (size_t k = 0; k < space_.pools.size(); ++k) {
+      const int64_t plane = space_.pool_plane(space_.groups[g], s, k);
+      for (int64_t c = 0; c < c_; ++c) {
+        if (space_.pools[k].max) pools_of(g).max(state + c * state_size, work.pool_bordered, result(n, plane, c));
+        else pools_of(g).mean(state + c * state_size, work.pool_bordered, result(n, plane, c));
+      }
+      compute_all_moments(n, plane);
+    }
+    for (int half = 0; half < 2 && space_.has_reduce(space_.groups[g]); ++half)
+      grid_.gather(state, half, work.grids + half * grid_size());
   }
 
   // Adds the edges of a group to the nodes.
@@ -284,7 +281,7 @@ class MixedCell {
           for (const Edge& edge : group.edges) {
             if (edge.node != node) continue;
             for (const End& end : edge.ends) {
-              const T weight = mixing_[edge.number * space_.columns + end.column];
+              const T weight = mixing_weight(edge, end);
               if (end.plane < 0) {
                 const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
                 for (int64_t i = 0; i < nodes_.rows(); ++i)
@@ -293,8 +290,8 @@ class MixedCell {
                     total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
                 continue;
               }
-              const T mean = mean_of(end.plane, c), factor = weight * rstd_of(end.plane, c);
-              const T* y = result(n, end.plane, c);
+              const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
+              const T factor = weight * rstd_of(end.plane, c);
 #pragma omp simd
               for (int64_t p = 0; p < size_; ++p) total[p] += factor * (y[p] - mean);
             }
@@ -302,8 +299,6 @@ class MixedCell {
           compact_rows(total, to);
         }
   }
-
-  // ---- backward pass of a group of states
 
   // Computes, per image, the sums of the nodes' gradients d, and of d (y - mean) at the end of every operation.
   void sum_gradients(int g) {
@@ -319,9 +314,7 @@ class MixedCell {
       }
       for (const Edge& edge : group.edges)
         for (size_t k = 0; k < edge.ends.size(); ++k)
-          for (int64_t c = 0; c < c_; ++c)
-            dot_products_[n * space_.edges * end_count() * c_ + end_index(edge, k) + c] =
-                dot_product(n, edge, edge.ends[k], c);
+          for (int64_t c = 0; c < c_; ++c) dot_products_[end_index(n, edge, k) + c] = dot_product(n, edge, edge.ends[k], c);
     }
   }
   T dot_product(int64_t n, const Edge& edge, const End& end, int64_t c) const {
@@ -340,15 +333,15 @@ class MixedCell {
     return total;
   }
 
-  // Adds the sums of all images: the gradients of the mixing weights, and what the normalisations need of all images.
+  // Adds the sums of all images: the gradients of the mixing weights, and the numbers that the normalisations need.
   void combine_gradients(int g, T* mixing_gradient) {
     const Group& group = space_.groups[g];
-    const int64_t node_planes = space_.nodes * c_, ends = end_count();
-#pragma omp for schedule(static) nowait
+    const int64_t node_planes = space_.nodes * c_, ends = end_count(), pools = space_.pools.size() * group.states;
+#pragma omp for schedule(static)
     for (int64_t k = group.first_node * c_; k < node_planes; ++k) {
       double total = 0;
       for (int64_t n = 0; n < n_; ++n) total += sums_[n * node_planes + k];
-      mean_gradient_[k] = total / count_;
+      node_mean_[k] = total / count_;
     }
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < int64_t(group.edges.size()) * ends; ++k) {
@@ -356,119 +349,126 @@ class MixedCell {
       const End& end = edge.ends[k % ends];
       double scale_gradient = 0;
       for (int64_t c = 0; c < c_; ++c) {
-        const int64_t at = end_index(edge, k % ends) + c;
         double total = 0;
-        for (int64_t n = 0; n < n_; ++n) total += dot_products_[n * space_.edges * ends * c_ + at];
+        for (int64_t n = 0; n < n_; ++n) total += dot_products_[end_index(n, edge, k % ends) + c];
         const double rstd = end.plane < 0 ? 1 : rstd_of(end.plane, c);
-        total_dot_products_[at] = total, slope_[at] = rstd * rstd * total / count_;
         scale_gradient += rstd * total;
+        dot_products_[end_index(0, edge, k % ends) + c] = total;
+        if (end.plane < 0 || end.shared) continue;
+        d_mean_[end.plane * c_ + c] = node_mean_[edge.node * c_ + c];
+        slope_[end.plane * c_ + c] = rstd * rstd * total / count_;
       }
       mixing_gradient[edge.number * space_.columns + end.column] = scale_gradient;
     }
-  }
-
-  // Computes the gradient of the normalisation's input at the end k of an edge.
-  void differentiate_end(int64_t n, const Edge& edge, int k, T* to) const {
-    const End& end = edge.ends[k];
-    const T weight = mixing_[edge.number * space_.columns + end.column];
-    for (int64_t c = 0; c < c_; ++c)
-      batch_norm_backward(nodes_, node_gradient(n, edge.node, c), result(n, end.plane, c), weight * rstd_of(end.plane, c),
-                          mean_gradient_[edge.node * c_ + c], mean_of(end.plane, c), slope_[end_index(edge, k) + c],
-                          to + c * nodes_.step);
-  }
-
-  // Differentiates the second halves of the separable convolutions, up to the first normalisation's output.
-  void differentiate_again(int g, Workspace& work) {
+    // A pool has one normalisation for all edges of its state.
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n)
-      for (const Edge& edge : space_.groups[g].edges)
-        for (int k = 0, half = 0; k < int(space_.convolutions.size()); ++k) {
-          if (space_.convolutions[k].kind.stages == 1) continue;
-          const int64_t plane = edge.plane + space_.convolutions[k].plane;
-          differentiate_end(n, edge, k, work.conv_gradient);
-          pad_normalised(n, plane, work.padded_second);
-          std::fill(work.in_gradient, work.in_gradient + c_ * nodes_.step, T(0));
-          differentiate(*second_convolutions_[k], work.padded_second, depthwise(g, k, 1, edge),
-                        pointwise(g, k, 1, edge), work.bordered_second, work);
-          for (int64_t c = 0; c < c_; ++c)
-            normalised_relu_backward<T, L>(nodes_, result(n, plane, c), T(1), mean_of(plane, c), T(0),
-                                           work.in_gradient + c * nodes_.step,
-                                           half_gradient_ + (half_index(n, edge, half) + c) * size_,
-                                           half_sums_.data() + (half_index(n, edge, half) + c) * 2);
-          ++half;
+    for (int64_t k = 0; k < pools * c_; ++k) {
+      const int64_t plane = group.plane + k / c_, c = k % c_, first_end = space_.convolutions.size();
+      double mean = 0, dot = 0;
+      for (const Edge& edge : group.edges)
+        for (int64_t i = first_end; i < first_end + int64_t(space_.pools.size()); ++i) {
+          if (edge.ends[i].plane != plane) continue;
+          mean += mixing_weight(edge, edge.ends[i]) * node_mean_[edge.node * c_ + c];
+          dot += mixing_weight(edge, edge.ends[i]) * dot_products_[end_index(0, edge, i) + c];
         }
-  }
-  void combine_half_gradients(int g) {
-    const Group& group = space_.groups[g];
-    const int64_t halves = space_.halves * int64_t(group.edges.size());
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < halves * c_; ++k) {
-      double total = 0, dot = 0;
-      for (int64_t n = 0; n < n_; ++n) {
-        const double* sums = half_sums_.data() + (half_index(n, group.edges[0], 0) + k) * 2;
-        total += sums[0], dot += sums[1];
-      }
-      const double rstd = rstd_of(half_plane(group.edges[k / c_ / space_.halves], k / c_ % space_.halves), k % c_);
-      half_mean_[k] = total / count_, half_slope_[k] = rstd * rstd * dot / count_;
+      const double rstd = rstd_of(plane, c);
+      d_mean_[plane * c_ + c] = mean, slope_[plane * c_ + c] = rstd * rstd * dot / count_;
     }
   }
-  // Computes the gradient of the first normalisation's input in a separable convolution of two halves.
-  void differentiate_half(int64_t n, const Edge& edge, int half, T* to) const {
-    const int64_t plane = half_plane(edge, half), first = half_index(0, edge, half);
+  // The same for the normalisations between the halves of the separable convolutions.
+  void combine_half_gradients(int g) {
+    const Group& group = space_.groups[g];
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < int64_t(group.edges.size()) * space_.halves; ++k)
+      for (const Convolution& convolution : space_.convolutions) {
+        const Edge& edge = group.edges[k / space_.halves];
+        if (convolution.kind.stages == 1 || convolution.half != k % space_.halves) continue;
+        for (int64_t c = 0; c < c_; ++c) {
+          double total = 0, dot = 0;
+          for (int64_t n = 0; n < n_; ++n) {
+            const double* sums = half_sums_.data() + (half_index(n, edge, convolution) + c) * 2;
+            total += sums[0], dot += sums[1];
+          }
+          const int64_t plane = space_.convolution_plane(group, edge, convolution, 0);
+          const double rstd = rstd_of(plane, c);
+          d_mean_[plane * c_ + c] = total / count_, slope_[plane * c_ + c] = rstd * rstd * dot / count_;
+        }
+      }
+  }
+  // Computes the gradient of the input of a normalisation of C planes. d: C planes, the gradient of its output divided
+  // by `scale`.
+  void differentiate_norm(int64_t n, int64_t plane, const T* d, T scale, T* to) const {
     for (int64_t c = 0; c < c_; ++c)
-      batch_norm_backward(nodes_, half_gradient_ + (half_index(n, edge, half) + c) * size_, result(n, plane, c),
-                          rstd_of(plane, c), half_mean_[first + c], mean_of(plane, c), half_slope_[first + c],
-                          to + c * nodes_.step);
+      batch_norm_backward(nodes_, d + c * size_, result(n, plane, c), scale * rstd_of(plane, c),
+                          d_mean_[plane * c_ + c], mean_of(plane, c), slope_[plane * c_ + c], to + c * nodes_.step);
   }
 
-  // Differentiates first convolutions, FactorizedReduce, pools and identities, up to the states.
-  void differentiate_states(int g, T* x_gradient, Workspace& work) {
+  // Differentiates the convolutions of a stage on all edges of a group: stage 1 up to the output of the normalisation
+  // before it, stage 0 up to the states, with pools, identities and FactorizedReduce.
+  void differentiate(int g, int stage, T* x_gradient, Workspace& work) {
     const Group& group = space_.groups[g];
-    const Geometry& geometry = geometry_of(g);
-    const int64_t in_step = geometry.stride == 1 ? geometry.step : geometry.plane;
-    T* padded = work.padded[g > 0];
+    const int place = stage ? 2 : g > 0;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < n_; ++n)
-      for (int s = group.first_state; s < group.first_state + group.states; ++s) {
-        const T* state = state_planes(n, s);
-        for (int64_t c = 0; c < c_; ++c) pad(geometry, state + c * geometry.h * geometry.w, padded + c * geometry.plane);
-        std::fill(work.in_gradient, work.in_gradient + c_ * in_step, T(0));
-        for (const Edge& edge : group.edges) {
-          if (edge.state != s) continue;
-          for (int k = 0, half = 0; k < int(space_.convolutions.size()); ++k) {
-            if (space_.convolutions[k].kind.stages > 1) differentiate_half(n, edge, half++, work.conv_gradient);
-            else differentiate_end(n, edge, k, work.conv_gradient);
-            differentiate(*first_convolutions_[g > 0][k], padded, depthwise(g, k, 0, edge), pointwise(g, k, 0, edge),
-                          work.bordered[g > 0], work);
-          }
+      for (const Edge& edge : group.edges) {
+        if (stage == 0 && edge.node == group.first_node) {
+          pad_state(g, n, edge.state, work);
+          std::fill(work.in_gradient, work.in_gradient + c_ * in_step(g), T(0));
         }
-        for (int64_t c = 0; c < c_; ++c) {
-          differentiate_unweighted(g, n, s, c, work);
-          // The gradient through the ReLU of the convolutions, and that of pools and identity, which have no ReLU.
-          const T *value = state + c * geometry.h * geometry.w, *rectified = work.in_gradient + c * in_step;
-          if (g == 0)
-            add_state_gradient<false>(geometry, value, rectified, work.direct_gradient, geometry.w,
-                                      x_gradient + ((n * 2 + s) * c_ + c) * geometry.h * geometry.w);
+        for (const Convolution& convolution : space_.convolutions) {
+          if (stage == convolution.kind.stages) continue;
+          const int64_t first_plane = space_.convolution_plane(group, edge, convolution, 0);
+          const int64_t half = convolution.kind.stages > 1 ? half_index(n, edge, convolution) : 0;
+          if (stage == convolution.kind.stages - 1)
+            differentiate_norm(n, space_.convolution_plane(group, edge, convolution, stage),
+                               node_gradient(n, edge.node, 0),
+                               mixing_[edge.number * space_.columns + convolution.column], work.conv_gradient);
           else
-            add_state_gradient<true>(geometry, value, rectified, work.direct_gradient, nodes_.out_row,
-                                     gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_);
+            differentiate_norm(n, first_plane, half_gradient_ + half * size_, T(1), work.conv_gradient);
+          if (stage) {
+            pad_normalised(n, first_plane, work.padded[2]);
+            std::fill(work.in_gradient, work.in_gradient + c_ * nodes_.step, T(0));
+          }
+          const int block = 2 * (convolution.stage + stage);
+          const EdgeWeight depthwise = weight(g, block, edge, work), pointwise = weight(g, block + 1, edge, work);
+          convolutions_[place][&convolution - space_.convolutions.data()]->backward(
+              work.padded[place], depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
+              work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, work.in_gradient);
+          for (int64_t c = 0; c < c_ && stage; ++c)
+            normalised_relu_backward<T, L>(nodes_, result(n, first_plane, c), T(1), mean_of(first_plane, c), T(0),
+                                           work.in_gradient + c * nodes_.step, half_gradient_ + (half + c) * size_,
+                                           half_sums_.data() + (half + c) * 2);
         }
-        if (space_.has_factorized_reduce(group))
-          differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * c_ * geometry.h * geometry.w, work);
+        if (stage == 0 && edge.node == space_.nodes - 1) finish_state(g, n, edge.state, x_gradient, work);
       }
+  }
+  // Adds the gradients of a state: through the ReLU of the convolutions, and through pools and identity without a ReLU.
+  void finish_state(int g, int64_t n, int s, T* x_gradient, Workspace& work) {
+    const Geometry& geometry = geometry_of(g);
+    const T* state = state_planes(n, s);
+    for (int64_t c = 0; c < c_; ++c) {
+      differentiate_unweighted(g, n, s, c, work);
+      const T *value = state + c * geometry.h * geometry.w, *rectified = work.in_gradient + c * in_step(g);
+      if (g == 0)
+        add_state_gradient<false>(geometry, value, rectified, work.direct_gradient, geometry.w,
+                                  x_gradient + ((n * 2 + s) * c_ + c) * geometry.h * geometry.w);
+      else
+        add_state_gradient<true>(geometry, value, rectified, work.direct_gradient, nodes_.out_row,
+                                 gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_);
+    }
+    if (space_.has_reduce(space_.groups[g]))
+      differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * c_ * geometry.h * geometry.w, work);
   }
   template <bool ADD>
   static void add_state_gradient(const Geometry& g, const T* value, const T* rectified, const T* direct, int64_t row,
                                  T* to) {
     for (int64_t i = 0; i < g.h; ++i, value += g.w, direct += g.w, to += row) {
-      if (g.stride == 1) {
-        const T* from = rectified + i * g.out_row;
+      const T* from = rectified + (g.stride == 1 ? i * g.out_row : (i + g.padding) * g.row);
+      if (g.stride > 1)
+        for (int64_t j = 0; j < g.w; ++j) to[j] = direct[j] + relu_grad(value[j], from[g.at(0, j + g.padding)]);
+      else
 #pragma omp simd
         for (int64_t j = 0; j < g.w; ++j) to[j] = (ADD ? to[j] : T(0)) + (direct[j] + relu_grad(value[j], from[j]));
-      } else {
-        const T* from = rectified + (i + g.padding) * g.row;
-        for (int64_t j = 0; j < g.w; ++j) to[j] = direct[j] + relu_grad(value[j], from[g.at(0, j + g.padding)]);
-      }
     }
   }
 
@@ -476,121 +476,89 @@ class MixedCell {
   void differentiate_unweighted(int g, int64_t n, int s, int64_t c, Workspace& work) {
     const Group& group = space_.groups[g];
     const Geometry& geometry = geometry_of(g);
-    const Pools<T>& pools = pools_of(g);
     const T* plane = state_planes(n, s) + c * geometry.h * geometry.w;
-    std::fill(work.direct_gradient, work.direct_gradient + geometry.h * geometry.w, T(0));
-    if (!space_.pools.empty()) std::fill(work.pool_gradient, work.pool_gradient + pools.bordered_size(), T(0));
+    T* direct = work.direct_gradient;
+    std::fill(direct, direct + geometry.h * geometry.w, T(0));
+    if (!space_.pools.empty()) std::fill_n(work.pool_gradient, pools_of(g).bordered_size(), T(0));
     for (size_t k = 0; k < space_.pools.size(); ++k) {
-      differentiate_pool_end(g, n, s, k, c, work.end_gradient);
+      const int64_t pool = space_.pool_plane(group, s, k);
+      T* d = work.end_gradient;
+      std::fill(d, d + size_, T(0));
+      add_node_gradients(group, n, s, c, space_.pools[k].column, [&](T weight, const T* from) {
+#pragma omp simd
+        for (int64_t p = 0; p < size_; ++p) d[p] += weight * from[p];
+      });
+      batch_norm_backward(nodes_, d, result(n, pool, c), rstd_of(pool, c), d_mean_[pool * c_ + c], mean_of(pool, c),
+                          slope_[pool * c_ + c], d);
       if (space_.pools[k].max)
-        pools.max_backward(plane, result(n, pool_plane(group, s, k), c), work.end_gradient, work.pool_bordered, work.row,
-                           work.pool_gradient);
+        pools_of(g).max_backward(plane, result(n, pool, c), d, work.pool_bordered, work.row, work.pool_gradient);
       else
-        pools.mean_backward(work.end_gradient, work.row, work.pool_gradient);
+        pools_of(g).mean_backward(d, work.row, work.pool_gradient);
     }
-    if (!space_.pools.empty()) pools.add_interior(work.pool_gradient, work.direct_gradient);
+    if (!space_.pools.empty()) pools_of(g).add_interior(work.pool_gradient, direct);
     if (space_.skip < 0 || geometry.stride > 1) return;
-    for (const Edge& edge : group.edges) {
-      if (edge.state != s) continue;
-      const T weight = mixing_[edge.number * space_.columns + space_.skip];
-      const T* d = node_gradient(n, edge.node, c);
+    add_node_gradients(group, n, s, c, space_.skip, [&](T weight, const T* from) {
       for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd
-        for (int64_t j = 0; j < nodes_.columns(); ++j)
-          work.direct_gradient[i * nodes_.w + j] += weight * d[i * nodes_.out_row + j];
-    }
+        for (int64_t j = 0; j < nodes_.columns(); ++j) direct[i * nodes_.w + j] += weight * from[i * nodes_.out_row + j];
+    });
   }
-  // Computes the gradient of the input of a pool's normalisation, which all edges of the state share.
-  void differentiate_pool_end(int g, int64_t n, int s, int k, int64_t c, T* to) const {
-    const Group& group = space_.groups[g];
-    const int end = space_.convolutions.size() + k;
-    const int64_t plane = pool_plane(group, s, k);
-    double d_mean = 0, d_dot = 0;
-    std::fill(to, to + size_, T(0));
-    for (const Edge& edge : group.edges) {
-      if (edge.state != s) continue;
-      const T weight = mixing_[edge.number * space_.columns + space_.pools[k].column];
-      d_mean += weight * mean_gradient_[edge.node * c_ + c];
-      d_dot += weight * total_dot_products_[end_index(edge, end) + c];
-      const T* d = node_gradient(n, edge.node, c);
-#pragma omp simd
-      for (int64_t p = 0; p < size_; ++p) to[p] += weight * d[p];
-    }
-    const T rstd = rstd_of(plane, c);
-    batch_norm_backward(nodes_, to, result(n, plane, c), rstd, static_cast<T>(d_mean), mean_of(plane, c),
-                        static_cast<T>(double(rstd) * rstd * d_dot / count_), to);
+  // Calls add(mixing weight in `column`, gradient of the node) for all edges from state s.
+  template <typename F>
+  void add_node_gradients(const Group& group, int64_t n, int s, int64_t c, int column, F add) const {
+    for (const Edge& edge : group.edges)
+      if (edge.state == s) add(mixing_[edge.number * space_.columns + column], node_gradient(n, edge.node, c));
   }
 
   // Adds the gradient of a state through FactorizedReduce to `to`, C planes [h, w].
   void differentiate_reduce(int g, int64_t n, int s, T* to, Workspace& work) const {
     const T* state = state_planes(n, s);
-    for (int half = 0; half < 2 && work.weights; ++half) grid_.gather(state, half, work.grids + half * c_ * nodes_.step);
+    for (int half = 0; half < 2 && work.weights; ++half) grid_.gather(state, half, work.grids + half * grid_size());
+    std::fill(work.grids_gradient, work.grids_gradient + 2 * grid_size(), T(0));
     for (const Edge& edge : space_.groups[g].edges) {
       if (edge.state != s) continue;
-      differentiate_end(n, edge, edge.ends.size() - 1, work.conv_gradient);
+      differentiate_norm(n, edge.ends.back().plane, node_gradient(n, edge.node, 0), mixing_weight(edge, edge.ends.back()),
+                         work.conv_gradient);
       for (int half = 0; half < 2; ++half) {
-        const auto weight = reduce(g, half, edge);
+        const EdgeWeight kernel = weight(g, 2 * space_.stages + half, edge, work);
         const T* d = work.conv_gradient + half * (c_ / 2) * nodes_.step;
-        if (work.weights)
-          add_outer<T, L>(d, nodes_.step, work.grids + half * c_ * nodes_.step, nodes_.step, c_ / 2, c_, size_,
-                          work.weights + weight.at);
-        multiply<T, L>(weight.value, 1, c_, d, nodes_.step, c_, c_ / 2, size_, work.inner_gradient, nodes_.step);
-        grid_.backward(state, half, work.inner_gradient, true, to);
+        if (kernel.gradient)
+          add_outer<T, L>(d, nodes_.step, work.grids + half * grid_size(), nodes_.step, c_ / 2, c_, size_,
+                          kernel.gradient);
+        multiply<T, L>(kernel.value, 1, c_, d, nodes_.step, c_, c_ / 2, size_, work.inner_gradient, nodes_.step);
+        T* sum = work.grids_gradient + half * grid_size();
+#pragma omp simd
+        for (int64_t p = 0; p < grid_size(); ++p) sum[p] += work.inner_gradient[p];
       }
     }
+    for (int half = 0; half < 2; ++half) grid_.backward(state, half, work.grids_gradient + half * grid_size(), true, to);
   }
 
-  // ---- weights
-
-  // The weights of an edge in a block.
-  struct EdgeWeight {
-    const T *value, *flipped;
-    int64_t at;
-  };
-  EdgeWeight in_block(const Block& block, int64_t offset) const {
-    return {block.value + offset, block.flipped.empty() ? nullptr : block.flipped.data() + offset, block.at + offset};
+  // Returns the weights of an edge in block `index` of a group.
+  EdgeWeight weight(int g, int index, const Edge& edge, const Workspace& work) const {
+    const Block& block = blocks_[first_block_[g] + index];
+    const int64_t at = block.size / int64_t(space_.groups[g].edges.size()) * edge.local;
+    return {block.value + at, block.flipped.empty() ? nullptr : block.flipped.data() + at,
+            work.weights ? work.weights + block.at + at : nullptr};
   }
-  // k: index of the convolution.
-  EdgeWeight depthwise(int g, int k, int stage, const Edge& edge) const {
-    const Convolution& convolution = space_.convolutions[k];
-    return in_block(blocks_[first_block_[g] + 2 * (convolution.plane + stage)],
-                    edge.local * c_ * convolution.kind.kernel * convolution.kind.kernel);
+  T mixing_weight(const Edge& edge, const End& end) const {
+    return mixing_[edge.number * space_.columns + end.column];
   }
-  EdgeWeight pointwise(int g, int k, int stage, const Edge& edge) const {
-    return in_block(blocks_[first_block_[g] + 2 * (space_.convolutions[k].plane + stage) + 1], edge.local * c_ * c_);
-  }
-  EdgeWeight reduce(int g, int half, const Edge& edge) const {
-    return in_block(blocks_[first_block_[g] + 2 * space_.stages + half], edge.local * (c_ / 2) * c_);
-  }
-  void differentiate(const SeparableConvolution<T>& convolution, const T* padded, const EdgeWeight& depthwise,
-                     const EdgeWeight& pointwise, T* bordered, Workspace& work) const {
-    convolution.backward(padded, depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
-                         work.inner_gradient, bordered, work.weights ? work.weights + depthwise.at : nullptr,
-                         work.weights ? work.weights + pointwise.at : nullptr, work.in_gradient);
-  }
-
-  // ---- planes and statistics
 
   int64_t planes() const { return space_.planes * c_; }
+  int64_t grid_size() const { return c_ * nodes_.step; }
   const Geometry& geometry_of(int g) const { return g == 0 ? inputs_ : nodes_; }
   const Pools<T>& pools_of(int g) const { return g == 0 ? input_pools_ : node_pools_; }
-  int64_t pools_size() const { return std::max(input_pools_.bordered_size(), node_pools_.bordered_size()); }
-  int64_t in_gradient_size() const {
-    return c_ * std::max(inputs_.stride == 1 ? inputs_.step : inputs_.plane, nodes_.step);
-  }
-  int64_t pool_plane(const Group& group, int s, int k) const {
-    return group.edges[0].plane - (group.states - (s - group.first_state)) * int64_t(space_.pools.size()) + k;
-  }
-  int64_t half_plane(const Edge& edge, int half) const {
-    for (const Convolution& convolution : space_.convolutions)
-      if (convolution.kind.stages > 1 && half-- == 0) return edge.plane + convolution.plane;
-    return -1;
-  }
-  // Indices of the first of C numbers: of the end k of an edge; of the gradient of a half, in planes.
+  // The distance between the planes of a state's gradient before its ReLU.
+  int64_t in_step(int g) const { return geometry_of(g).stride == 1 ? geometry_of(g).step : geometry_of(g).plane; }
+  // Indices of the first of C numbers: of the end k of an edge; of the first half of a convolution of an edge.
   int64_t end_count() const { return space_.groups[0].edges[0].ends.size(); }
-  int64_t end_index(const Edge& edge, int k) const { return (edge.number * end_count() + k) * c_; }
-  int64_t half_index(int64_t n, const Edge& edge, int half) const {
-    return ((n * int64_t(space_.groups[0].edges.size()) + edge.local) * space_.halves + half) * c_;
+  int64_t end_index(int64_t n, const Edge& edge, int k) const {
+    return ((n * space_.edges + edge.number) * end_count() + k) * c_;
+  }
+  int64_t half_planes() const { return space_.groups[0].edges.size() * space_.halves * c_; }
+  int64_t half_index(int64_t n, const Edge& edge, const Convolution& convolution) const {
+    return n * half_planes() + (edge.local * space_.halves + convolution.half) * c_;
   }
   T* result(int64_t n, int64_t plane, int64_t c) const { return saved_ + (n * planes() + plane * c_ + c) * size_; }
   const T* node_gradient(int64_t n, int64_t node, int64_t c) const {
@@ -613,29 +581,29 @@ class MixedCell {
     for (int64_t i = 0; i < nodes_.rows(); ++i)
       std::memcpy(to + i * nodes_.w, from + i * nodes_.out_row, nodes_.columns() * sizeof(T));
   }
-  void pool(int g, int k, const T* from, const Workspace& work, T* to) const {
-    if (space_.pools[k].max) pools_of(g).max(from, work.pool_bordered, to);
-    else pools_of(g).mean(from, work.pool_bordered, to);
-  }
-  // Computes the moments of C planes of one image.
-  void compute_all_moments(int64_t n, int64_t plane) {
-    for (int64_t c = 0; c < c_; ++c)
-      compute_moments(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
-  }
-  // Combines the moments of all images to the statistics of C planes each.
-  void combine(const std::vector<int64_t>& results) {
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < int64_t(results.size()) * c_; ++k) {
-      const int64_t plane = results[k / c_] * c_ + k % c_;
-      double mean, variance;
-      combine_moments(moments_.data() + 2 * plane, n_, 2 * planes(), nodes_.h * nodes_.w, &mean, &variance);
-      statistics_[2 * plane] = mean, statistics_[2 * plane + 1] = 1 / std::sqrt(variance + epsilon_);
-    }
+  void pad_state(int g, int64_t n, int s, Workspace& work) const {
+    const Geometry& geometry = geometry_of(g);
+    for (int64_t c = 0; c < c_ && !space_.convolutions.empty(); ++c)
+      pad(geometry, state_planes(n, s) + c * geometry.h * geometry.w, work.padded[g > 0] + c * geometry.plane);
   }
   void pad_normalised(int64_t n, int64_t plane, T* padded) const {
     for (int64_t c = 0; c < c_; ++c)
       normalise_relu(second_, result(n, plane, c), nodes_.out_row, rstd_of(plane, c), mean_of(plane, c), T(0),
                      padded + c * second_.plane);
+  }
+  // Computes the moments of C planes of one image; combines those of all images to the statistics of the planes
+  // [first, end).
+  void compute_all_moments(int64_t n, int64_t plane) {
+    for (int64_t c = 0; c < c_; ++c)
+      compute_moments(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
+  }
+  void combine(int64_t first, int64_t end) {
+#pragma omp for schedule(static)
+    for (int64_t k = first * c_; k < end * c_; ++k) {
+      double mean, variance;
+      combine_moments(moments_.data() + 2 * k, n_, 2 * planes(), nodes_.h * nodes_.w, &mean, &variance);
+      statistics_[2 * k] = mean, statistics_[2 * k + 1] = 1 / std::sqrt(variance + epsilon_);
+    }
   }
 
   const Space& space_;
@@ -646,7 +614,7 @@ class MixedCell {
   const int64_t size_, count_;                   // numbers per saved plane; numbers per normalised channel
   const Pools<T> input_pools_, node_pools_;
   const RectifiedGrid<T> grid_;
-  std::vector<std::unique_ptr<SeparableConvolution<T>>> first_convolutions_[2], second_convolutions_;
+  std::vector<std::unique_ptr<SeparableConvolution<T>>> convolutions_[3];    // for the three geometries
   std::vector<Block> blocks_;                    // group by group, in the order of README.md
   std::vector<int> first_block_;                 // of each group
   int64_t weights_size_ = 0;
@@ -654,8 +622,8 @@ class MixedCell {
   std::vector<double> moments_;                  // [N, planes, 2]
   // Gradients of the nodes [N, nodes, C planes], and of the first normalisation's output in the sep_convs of a group.
   T *gradient_, *half_gradient_;
-  std::vector<double> sums_, dot_products_, total_dot_products_, half_sums_;
-  std::vector<T> mean_gradient_, slope_, half_mean_, half_slope_;
+  std::vector<double> sums_, dot_products_, half_sums_;
+  std::vector<T> node_mean_, d_mean_, slope_;    // mean gradients of nodes; arguments of batch_norm_backward by plane
 };
 
 // Checks the inputs of the forward pass; returns the shape of the output.
