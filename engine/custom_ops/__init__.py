@@ -25,8 +25,8 @@ log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
-HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h')]
-FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp']
+HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
+FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
 
 # The operations that both compiled cells compute.
 OPERATIONS = {'none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'sep_conv_7x7',

@@ -154,7 +154,7 @@ class Pool : public Operation<T> {
 };
 
 // ReLU, depthwise K x K, pointwise, batch normalisation, in one or two stages. K = 1 means no depthwise convolution:
-// with stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels read different grids.
+// with stride 1 it is ReLUConvBN, with stride 2 FactorizedReduce, whose two halves of the channels read two grids.
 template <typename T, int L>
 class ConvNorm : public Operation<T> {
  public:
@@ -323,9 +323,9 @@ class ConvNorm : public Operation<T> {
             std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
             const int64_t at = stage * c_ * taps();
             convolutions_[stage]->backward(padded, depthwise_.value + at, flipped.data() + at,
-                                           pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient, bordered,
-                                           weight_gradients + at, weight_gradients + depthwise_size + stage * c_ * c_,
-                                           in_gradient);
+                                           pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient,
+                                           bordered, weight_gradients + at,
+                                           weight_gradients + depthwise_size + stage * c_ * c_, in_gradient);
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {
                 const int64_t at = c * g.h * g.w;

@@ -1,102 +1,8 @@
 // All mixed operations of a supernet cell as one operator for the CPU, from both input states to the nodes.
 // README.md in this folder explains the memory layout and the order of the loops.
-#include "cells.h"
+#include "search_space.h"
 
 namespace {
-
-// A convolution of every edge; column: of the mixing weights; stage: index of its first stage; half: index among the
-// convolutions with two stages.
-struct Convolution {
-  ConvolutionKind kind;
-  int column, stage, half;
-};
-struct PoolKind {
-  bool max;
-  int column;
-};
-// The result of an operation on an edge, which the mixing weight in `column` scales. plane: of C saved planes, those
-// before its normalisation; -1 for the identity. shared: whether all edges from a state share them, as for a pool.
-struct End {
-  int column;
-  int64_t plane;
-  bool shared;
-};
-// number: row of the mixing weights; local: index in the order of the weights, by node, then by state.
-struct Edge {
-  int state, node, number, local;
-  std::vector<End> ends;
-};
-// States whose edges are computed together, as SearchSpace.state_groups; edges ordered by state, then by node. Its saved
-// planes begin at `plane`; those of second stages begin at second_plane.
-struct Group {
-  int first_state, states, first_node;
-  int64_t plane, second_plane, end_plane;
-  std::vector<Edge> edges;
-};
-
-// The cell that the attributes of the operator describe. Planes are counted in units of C.
-struct Space {
-  std::vector<Convolution> convolutions;
-  std::vector<PoolKind> pools;
-  std::vector<Group> groups;
-  int nodes, columns, skip = -1, stages = 0, halves = 0;
-  int64_t edges = 0, planes = 0, padding = 0, second_padding = 0;
-  bool reduction;
-
-  Space(const std::vector<std::string>& primitives, int nodes, bool reduction)
-      : nodes(nodes), columns(primitives.size()), reduction(reduction) {
-    PD_CHECK(nodes > 0 && nodes <= 1000 && columns > 0, "a cell needs from 1 to 1000 nodes, and primitives");
-    for (int k = 0; k < columns; ++k) {
-      check_operation(primitives[k]);
-      PD_CHECK(std::count(primitives.begin(), primitives.end(), primitives[k]) == 1, primitives[k],
-               " occurs more than once");
-      if (primitives[k] == "skip_connect") skip = k;
-      if (is_pool(primitives[k])) pools.push_back({primitives[k] == "max_pool_3x3", k});
-      const ConvolutionKind* kind = find_convolution(primitives[k]);
-      if (!kind) continue;
-      convolutions.push_back({*kind, k, stages, halves});
-      stages += kind->stages, halves += kind->stages - 1;
-      padding = std::max<int64_t>(padding, kind->dilation * (kind->kernel / 2));
-      if (kind->stages > 1) second_padding = std::max<int64_t>(second_padding, kind->kernel / 2);
-    }
-    padding += padding % 2;                        // an even border is faster with stride 2
-    for (int state = 0; state <= nodes; state += state ? 1 : 2) add_group(state, state ? 1 : 2);
-  }
-
-  bool has_reduce(const Group& group) const { return reduction && skip >= 0 && group.first_state == 0; }
-  int64_t pool_plane(const Group& group, int state, int k) const {
-    return group.plane + (state - group.first_state) * int64_t(pools.size()) + k;
-  }
-  int64_t convolution_plane(const Group& group, const Edge& edge, const Convolution& convolution, int stage) const {
-    if (stage) return group.second_plane + edge.local * halves + convolution.half;
-    return pool_plane(group, group.first_state + group.states, 0) + edge.local * int64_t(convolutions.size()) +
-           (&convolution - convolutions.data());
-  }
-  int64_t reduce_plane(const Group& group, const Edge& edge) const {
-    return group.second_plane - int64_t(group.edges.size()) + edge.local;
-  }
-
- private:
-  void add_group(int first_state, int states) {
-    Group group{first_state, states, std::max(0, first_state - 1), planes, 0, 0, {}};
-    for (int s = first_state; s < first_state + states; ++s)
-      for (int node = group.first_node; node < nodes; ++node)
-        group.edges.push_back({s, node, node * (node + 3) / 2 + s,
-                               (node - group.first_node) * states + s - first_state, {}});
-    const int64_t count = group.edges.size();
-    group.second_plane = planes + states * pools.size() + count * (convolutions.size() + has_reduce(group));
-    group.end_plane = group.second_plane + count * halves;
-    for (Edge& edge : group.edges) {
-      for (const Convolution& each : convolutions)
-        edge.ends.push_back({each.column, convolution_plane(group, edge, each, each.kind.stages - 1), false});
-      for (size_t k = 0; k < pools.size(); ++k)
-        edge.ends.push_back({pools[k].column, pool_plane(group, edge.state, k), true});
-      if (skip >= 0) edge.ends.push_back({skip, has_reduce(group) ? reduce_plane(group, edge) : -1, false});
-    }
-    edges += count, planes = group.end_plane;
-    groups.push_back(group);
-  }
-};
 
 template <typename T, int L>
 class MixedCell {
@@ -198,30 +104,27 @@ class MixedCell {
     T* gradient;                                     // the sums of a thread, or null
   };
 
-  // Memory of a thread: C planes each, or one plane.
+  // Memory of a thread. The upper bound of its size: 11 blocks of C planes and 9 of one plane.
   struct Workspace {
-    explicit Workspace(const MixedCell& cell)
-        : Workspace(cell, cell.c_ * std::max(cell.inputs_.stride == 1 ? cell.inputs_.step : cell.inputs_.plane,
-                                             cell.nodes_.step),
-                    std::max(cell.input_pools_.bordered_size(), cell.node_pools_.bordered_size()),
-                    std::max(cell.inputs_.h * cell.inputs_.w, cell.size_), cell.c_ * cell.nodes_.step) {}
-    Workspace(const MixedCell& cell, int64_t in_size, int64_t pool_size, int64_t plane, int64_t planes)
-        : scratch((cell.c_ + 1) * (cell.inputs_.plane + cell.nodes_.plane + cell.second_.plane) + 7 * planes + in_size +
-                  2 * pool_size + 4 * plane),
-          padded{scratch.zeros(cell.c_ * cell.inputs_.plane), scratch.zeros(cell.c_ * cell.nodes_.plane),
-                 scratch.zeros(cell.c_ * cell.second_.plane)},
-          bordered{scratch.zeros(cell.inputs_.plane), scratch.zeros(cell.nodes_.plane),
-                   scratch.zeros(cell.second_.plane)},
-          inner(scratch.take(planes)), inner_gradient(scratch.take(planes)), conv_gradient(scratch.zeros(planes)),
-          grids(scratch.take(2 * planes)), grids_gradient(scratch.take(2 * planes)), in_gradient(scratch.take(in_size)),
-          pool_bordered(scratch.take(pool_size)), pool_gradient(scratch.take(pool_size)), total(scratch.take(plane)),
-          end_gradient(scratch.take(plane)), row(scratch.take(plane)), direct_gradient(scratch.take(plane)) {}
+    explicit Workspace(const MixedCell& cell) : scratch(11 * (cell.c_ + 1) * cell.largest_plane()) {
+      const Geometry* geometries[] = {&cell.inputs_, &cell.nodes_, &cell.second_};
+      for (int k = 0; k < 3; ++k) {
+        padded[k] = scratch.zeros(cell.c_ * geometries[k]->plane);
+        bordered[k] = scratch.zeros(geometries[k]->plane);
+      }
+      conv_gradient = scratch.zeros(cell.grid_size());
+      for (T** block : {&inner, &inner_gradient, &grids[0], &grids[1], &grids_gradient[0], &grids_gradient[1]})
+        *block = scratch.take(cell.grid_size());
+      in_gradient = scratch.take(cell.c_ * std::max(cell.in_step(0), cell.in_step(1)));
+      for (T** block : {&pool_bordered, &pool_gradient, &total, &row, &direct})
+        *block = scratch.take(cell.largest_plane());
+    }
     Scratch<T> scratch;
     // Rectified planes and a plane of their gradient: of inputs, of nodes, between the halves of a sep_conv.
     T *padded[3], *bordered[3];
-    T *inner, *inner_gradient, *conv_gradient, *grids, *grids_gradient, *in_gradient, *pool_bordered, *pool_gradient;
-    T *total, *end_gradient, *row, *direct_gradient;
-    T* weights = nullptr;                            // gradients of all weights, or null
+    T *inner, *inner_gradient, *conv_gradient, *grids[2], *grids_gradient[2], *in_gradient;
+    T *pool_bordered, *pool_gradient, *total, *row, *direct;           // one plane each
+    T* weights = nullptr;                                              // gradients of all weights, or null
   };
 
   // Computes the convolutions of a stage on all edges of a group, up to their normalisation. Stage 0 begins with the
@@ -238,7 +141,7 @@ class MixedCell {
           const int64_t plane = space_.convolution_plane(group, edge, convolution, stage);
           if (stage) pad_normalised(n, space_.convolution_plane(group, edge, convolution, 0), work.padded[2]);
           const int block = 2 * (convolution.stage + stage);
-          convolutions_[place][&convolution - space_.convolutions.data()]->forward(
+          convolutions_[place][convolution.number]->forward(
               work.padded[place], weight(g, block, edge, work).value, weight(g, block + 1, edge, work).value,
               work.inner, result(n, plane, 0));
           compute_all_moments(n, plane);
@@ -246,8 +149,8 @@ class MixedCell {
         if (stage || !space_.has_reduce(group)) continue;
         const int64_t plane = space_.reduce_plane(group, edge);
         for (int half = 0; half < 2; ++half)
-          multiply<T, L>(weight(g, 2 * space_.stages + half, edge, work).value, c_, 1, work.grids + half * grid_size(),
-                         nodes_.step, c_ / 2, c_, size_, result(n, plane, half * (c_ / 2)), size_);
+          multiply<T, L>(weight(g, 2 * space_.stages + half, edge, work).value, c_, 1, work.grids[half], nodes_.step,
+                         c_ / 2, c_, size_, result(n, plane, half * (c_ / 2)), size_);
         compute_all_moments(n, plane);
       }
   }
@@ -264,7 +167,7 @@ class MixedCell {
       compute_all_moments(n, plane);
     }
     for (int half = 0; half < 2 && space_.has_reduce(space_.groups[g]); ++half)
-      grid_.gather(state, half, work.grids + half * grid_size());
+      grid_.gather(state, half, work.grids[half]);
   }
 
   // Adds the edges of a group to the nodes.
@@ -314,7 +217,8 @@ class MixedCell {
       }
       for (const Edge& edge : group.edges)
         for (size_t k = 0; k < edge.ends.size(); ++k)
-          for (int64_t c = 0; c < c_; ++c) dot_products_[end_index(n, edge, k) + c] = dot_product(n, edge, edge.ends[k], c);
+          for (int64_t c = 0; c < c_; ++c)
+            dot_products_[end_index(n, edge, k) + c] = dot_product(n, edge, edge.ends[k], c);
     }
   }
   T dot_product(int64_t n, const Edge& edge, const End& end, int64_t c) const {
@@ -431,7 +335,7 @@ class MixedCell {
           }
           const int block = 2 * (convolution.stage + stage);
           const EdgeWeight depthwise = weight(g, block, edge, work), pointwise = weight(g, block + 1, edge, work);
-          convolutions_[place][&convolution - space_.convolutions.data()]->backward(
+          convolutions_[place][convolution.number]->backward(
               work.padded[place], depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
               work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, work.in_gradient);
           for (int64_t c = 0; c < c_ && stage; ++c)
@@ -442,47 +346,33 @@ class MixedCell {
         if (stage == 0 && edge.node == space_.nodes - 1) finish_state(g, n, edge.state, x_gradient, work);
       }
   }
-  // Adds the gradients of a state: through the ReLU of the convolutions, and through pools and identity without a ReLU.
+  // Computes the gradient of a state: through the ReLU of the convolutions, and through pools and identity without one.
+  // That of an input is written, that of a node is added to the node's gradient.
   void finish_state(int g, int64_t n, int s, T* x_gradient, Workspace& work) {
     const Geometry& geometry = geometry_of(g);
     const T* state = state_planes(n, s);
+    const int64_t plane_size = geometry.h * geometry.w;
     for (int64_t c = 0; c < c_; ++c) {
-      differentiate_unweighted(g, n, s, c, work);
-      const T *value = state + c * geometry.h * geometry.w, *rectified = work.in_gradient + c * in_step(g);
-      if (g == 0)
-        add_state_gradient<false>(geometry, value, rectified, work.direct_gradient, geometry.w,
-                                  x_gradient + ((n * 2 + s) * c_ + c) * geometry.h * geometry.w);
-      else
-        add_state_gradient<true>(geometry, value, rectified, work.direct_gradient, nodes_.out_row,
-                                 gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_);
+      T* direct = g == 0 ? x_gradient + ((n * 2 + s) * c_ + c) * plane_size : work.direct;
+      std::fill(direct, direct + plane_size, T(0));
+      differentiate_unweighted(g, n, s, c, direct, work);
+      relu_backward(geometry, state + c * plane_size, work.in_gradient + c * in_step(g), true, direct);
+      T* to = gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_;
+      for (int64_t i = 0; i < nodes_.rows() && g > 0; ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.out_row + j] += direct[i * nodes_.w + j];
     }
     if (space_.has_reduce(space_.groups[g]))
-      differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * c_ * geometry.h * geometry.w, work);
+      differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * c_ * plane_size, work);
   }
-  template <bool ADD>
-  static void add_state_gradient(const Geometry& g, const T* value, const T* rectified, const T* direct, int64_t row,
-                                 T* to) {
-    for (int64_t i = 0; i < g.h; ++i, value += g.w, direct += g.w, to += row) {
-      const T* from = rectified + (g.stride == 1 ? i * g.out_row : (i + g.padding) * g.row);
-      if (g.stride > 1)
-        for (int64_t j = 0; j < g.w; ++j) to[j] = direct[j] + relu_grad(value[j], from[g.at(0, j + g.padding)]);
-      else
-#pragma omp simd
-        for (int64_t j = 0; j < g.w; ++j) to[j] = (ADD ? to[j] : T(0)) + (direct[j] + relu_grad(value[j], from[j]));
-    }
-  }
-
-  // Computes the gradient of a plane of a state through pools and identities in work.direct_gradient.
-  void differentiate_unweighted(int g, int64_t n, int s, int64_t c, Workspace& work) {
+  // Adds the gradient of a plane of a state through pools and identities to `direct` [h, w].
+  void differentiate_unweighted(int g, int64_t n, int s, int64_t c, T* direct, Workspace& work) {
     const Group& group = space_.groups[g];
-    const Geometry& geometry = geometry_of(g);
-    const T* plane = state_planes(n, s) + c * geometry.h * geometry.w;
-    T* direct = work.direct_gradient;
-    std::fill(direct, direct + geometry.h * geometry.w, T(0));
+    const T* plane = state_planes(n, s) + c * geometry_of(g).h * geometry_of(g).w;
     if (!space_.pools.empty()) std::fill_n(work.pool_gradient, pools_of(g).bordered_size(), T(0));
     for (size_t k = 0; k < space_.pools.size(); ++k) {
       const int64_t pool = space_.pool_plane(group, s, k);
-      T* d = work.end_gradient;
+      T* d = work.total;
       std::fill(d, d + size_, T(0));
       add_node_gradients(group, n, s, c, space_.pools[k].column, [&](T weight, const T* from) {
 #pragma omp simd
@@ -496,11 +386,12 @@ class MixedCell {
         pools_of(g).mean_backward(d, work.row, work.pool_gradient);
     }
     if (!space_.pools.empty()) pools_of(g).add_interior(work.pool_gradient, direct);
-    if (space_.skip < 0 || geometry.stride > 1) return;
+    if (space_.skip < 0 || geometry_of(g).stride > 1) return;
     add_node_gradients(group, n, s, c, space_.skip, [&](T weight, const T* from) {
       for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd
-        for (int64_t j = 0; j < nodes_.columns(); ++j) direct[i * nodes_.w + j] += weight * from[i * nodes_.out_row + j];
+        for (int64_t j = 0; j < nodes_.columns(); ++j)
+          direct[i * nodes_.w + j] += weight * from[i * nodes_.out_row + j];
     });
   }
   // Calls add(mixing weight in `column`, gradient of the node) for all edges from state s.
@@ -513,25 +404,27 @@ class MixedCell {
   // Adds the gradient of a state through FactorizedReduce to `to`, C planes [h, w].
   void differentiate_reduce(int g, int64_t n, int s, T* to, Workspace& work) const {
     const T* state = state_planes(n, s);
-    for (int half = 0; half < 2 && work.weights; ++half) grid_.gather(state, half, work.grids + half * grid_size());
-    std::fill(work.grids_gradient, work.grids_gradient + 2 * grid_size(), T(0));
+    for (int half = 0; half < 2; ++half) {
+      if (work.weights) grid_.gather(state, half, work.grids[half]);
+      std::fill_n(work.grids_gradient[half], grid_size(), T(0));
+    }
     for (const Edge& edge : space_.groups[g].edges) {
       if (edge.state != s) continue;
-      differentiate_norm(n, edge.ends.back().plane, node_gradient(n, edge.node, 0), mixing_weight(edge, edge.ends.back()),
-                         work.conv_gradient);
+      const End& end = edge.ends.back();
+      differentiate_norm(n, end.plane, node_gradient(n, edge.node, 0), mixing_weight(edge, end), work.conv_gradient);
       for (int half = 0; half < 2; ++half) {
         const EdgeWeight kernel = weight(g, 2 * space_.stages + half, edge, work);
         const T* d = work.conv_gradient + half * (c_ / 2) * nodes_.step;
         if (kernel.gradient)
-          add_outer<T, L>(d, nodes_.step, work.grids + half * grid_size(), nodes_.step, c_ / 2, c_, size_,
-                          kernel.gradient);
+          add_outer<T, L>(d, nodes_.step, work.grids[half], nodes_.step, c_ / 2, c_, size_, kernel.gradient);
         multiply<T, L>(kernel.value, 1, c_, d, nodes_.step, c_, c_ / 2, size_, work.inner_gradient, nodes_.step);
-        T* sum = work.grids_gradient + half * grid_size();
+        T* sum = work.grids_gradient[half];
+        for (int64_t c = 0; c < c_; ++c)                       // between planes the memory is not initialised
 #pragma omp simd
-        for (int64_t p = 0; p < grid_size(); ++p) sum[p] += work.inner_gradient[p];
+          for (int64_t p = c * nodes_.step; p < c * nodes_.step + size_; ++p) sum[p] += work.inner_gradient[p];
       }
     }
-    for (int half = 0; half < 2; ++half) grid_.backward(state, half, work.grids_gradient + half * grid_size(), true, to);
+    for (int half = 0; half < 2; ++half) grid_.backward(state, half, work.grids_gradient[half], true, to);
   }
 
   // Returns the weights of an edge in block `index` of a group.
@@ -549,6 +442,10 @@ class MixedCell {
   int64_t grid_size() const { return c_ * nodes_.step; }
   const Geometry& geometry_of(int g) const { return g == 0 ? inputs_ : nodes_; }
   const Pools<T>& pools_of(int g) const { return g == 0 ? input_pools_ : node_pools_; }
+  int64_t largest_plane() const {
+    return std::max({inputs_.plane, nodes_.plane, second_.plane, inputs_.h * inputs_.w, input_pools_.bordered_size(),
+                     node_pools_.bordered_size()});
+  }
   // The distance between the planes of a state's gradient before its ReLU.
   int64_t in_step(int g) const { return geometry_of(g).stride == 1 ? geometry_of(g).step : geometry_of(g).plane; }
   // Indices of the first of C numbers: of the end k of an edge; of the first half of a convolution of an edge.
@@ -632,7 +529,7 @@ Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float 
   check_types(inputs);
   const Shape x = inputs[0].shape();
   const int64_t stride = space.reduction ? 2 : 1;
-  PD_CHECK(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride == 0 && x[3] % stride == 0,
+  PD_CHECK(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride + x[3] % stride == 0,
            "the states have to be [N, 2 C, H, W] with an even C, and in a reduction cell an even H and W");
   check_shape("the tensor of mixing weights", inputs[1], {space.edges, space.columns});
   return {x[0], space.nodes * x[1] / 2, x[2] / stride, x[3] / stride};
