@@ -153,11 +153,19 @@ class Scratch {
     static thread_local Storage<T> storage;
     next_ = storage.reserve(size + 32 * kCacheLine / sizeof(T));
   }
+#ifdef __SANITIZE_ADDRESS__
+  // An allocation of its own, so that the sanitizer sees where the block ends.
+  T* take(int64_t size) {
+    blocks_.emplace_back(new T[size]);
+    return blocks_.back().get();
+  }
+#else
   T* take(int64_t size) {
     T* start = next_;
     next_ += round_up_to_lines<T>(size);
     return start;
   }
+#endif
   T* zeros(int64_t size) {
     T* start = take(size);
     std::fill(start, start + size, T(0));
@@ -166,6 +174,9 @@ class Scratch {
 
  private:
   T* next_;
+#ifdef __SANITIZE_ADDRESS__
+  std::vector<std::unique_ptr<T[]>> blocks_;
+#endif
 };
 
 // Returns the distance between planes of `size` numbers, an odd number of cache lines. Planes at a distance of a power
