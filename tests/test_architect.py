@@ -8,6 +8,7 @@ import architect as architect_module
 from architect import Architect
 from engine import custom_ops
 from engine.optimizers import MomentumSGD
+from genotypes import DARTS_SPACE, SearchSpace
 from model_search import Supernet
 from reference import supernet as reference
 
@@ -15,8 +16,8 @@ XI, MU, LAMBDA, CLIP = 0.2, 0.9, 3e-2, 5.0
 
 
 @functools.cache
-def shared_supernet(compiled, dtype):
-    return Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8)
+def shared_supernet(compiled, dtype, space):
+    return Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8, space=space)
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def make(operators):
 
     Weights are the initial ones; alpha and velocity are random.
     """
-    def make(rng, unrolled=True, dtype='float64', grad_clip=CLIP):
-        supernet = shared_supernet(custom_ops.enabled(), dtype)
+    def make(rng, unrolled=True, dtype='float64', grad_clip=CLIP, space=DARTS_SPACE):
+        supernet = shared_supernet(custom_ops.enabled(), dtype, space)
         store = supernet.store
         store.set('theta', supernet.layout.initial(np.random.default_rng(0), dtype))
-        supernet.set_alphas({name: rng.normal(0, 0.5, (14, 8)) for name in supernet.alphas()})
+        supernet.set_alphas({name: rng.normal(0, 0.5, array.shape) for name, array in supernet.alphas().items()})
         optimizer = MomentumSGD(store, MU, LAMBDA, grad_clip)
         store.set('velocity', rng.normal(0, 0.3, supernet.size))
         return supernet, optimizer, Architect(supernet, optimizer, unrolled=unrolled)
@@ -41,7 +42,7 @@ def batch(rng, size=6):
 
 
 def stacked(alpha_gradients):
-    """Returns {'alphas_normal', 'alphas_reduce': [14, 8]} as one array [2, 14, 8]."""
+    """Returns {'alphas_normal', 'alphas_reduce': [edges, primitives]} as one array."""
     return np.stack(list(alpha_gradients.values()))
 
 
@@ -68,7 +69,7 @@ class UnrolledLoss:
         return self.w - XI * (MU * self.v + g + LAMBDA * self.w)
 
     def derivative(self, alphas, direction, step=1e-7):
-        """Returns the directional derivative at alphas [2, 14, 8], by central differences of fourth order.
+        """Returns the directional derivative at alphas, by central differences of fourth order.
 
         The step is small because grad_w jumps wherever a ReLU or a max pooling changes sides.
         """
@@ -119,15 +120,18 @@ def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monk
 # ---------------------------------------------------------------------------------------------------
 # The steps in numpy
 
-def test_the_steps_of_the_paper_on_the_reference_network(make):
+@pytest.mark.parametrize('space', [DARTS_SPACE, SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3)],
+                         ids=['darts', '3_nodes'])
+def test_the_steps_of_the_paper_on_the_reference_network(make, space):
     """Steps 1 to 6 for weights by name, with the r of the paper."""
     rng = np.random.default_rng(6)
-    supernet, _, architect = make(rng)
+    supernet, _, architect = make(rng, space=space)
     train, valid = batch(rng), batch(rng)
     w, alphas, v = supernet.weights(), supernet.alphas(), supernet.layout.named(supernet.store.get('velocity'))
 
     def gradients(weights, images):
-        return reference.gradients(weights, alphas, *images, channels=2, layers=3)[2:]
+        return reference.gradients(weights, alphas, *images, channels=2, layers=3, primitives=space.primitives,
+                                   nodes=space.nodes)[2:]
 
     g, _ = gradients(w, train)
     u, outer = gradients({n: w[n] - XI * (MU * v[n] + g[n] + LAMBDA * w[n]) for n in w}, valid)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import genotypes
-from genotypes import PRIMITIVES
+from genotypes import DARTS_SPACE, SearchSpace
 from utils import UserError
 
 pytestmark = pytest.mark.paddle_free
@@ -32,7 +32,7 @@ EDGES = [['skip_connect', 0], ['skip_connect', 1], ['skip_connect', 0], ['skip_c
 
 @pytest.mark.parametrize('reason, field, values', [
     ('list of edges', 'normal', [[], EDGES[:3], 'skip_connect', None]),
-    ('edge 0', 'normal', [[[name, 0], EDGES[1]] for name in ('none', 'conv_9x9', ['sep_conv_3x3'])]),
+    ('edge 0', 'normal', [[[name, 0], EDGES[1]] for name in ('', ['sep_conv_3x3'], 3)]),
     ('edge 1: state', 'normal', [[EDGES[0], ['skip_connect', state]] for state in (2, -1, True, 0.0, [])]),
     ('edge 2: state 3 is not among the 3 states', 'reduce', [[*EDGES[:2], ['skip_connect', 3], EDGES[3]]]),
     ('normal_concat', 'normal_concat', [[2, 3, 4, 6], [1, 2], [2, 3.0]]),
@@ -53,23 +53,83 @@ def test_invalid_files_are_refused(tmp_path, content):
         genotypes.load(str(path))
 
 
-def alphas(*strengths):
-    """Returns alpha [14, 8]: zero except for the given (edge, operation, value)."""
-    table = np.zeros((14, 8))
+def test_unknown_operations_are_refused_where_the_known_ones_are_given(tmp_path):
+    path = tmp_path / 'genotype.json'
+    path.write_text(genotypes.dumps(genotypes.DARTS_V2).replace('dil_conv_3x3', 'conv_9x9'))
+    assert genotypes.load(str(path)).normal[-1] == ('conv_9x9', 2)
+    with pytest.raises(UserError, match=r"genotype.json .*edge 7, \['conv_9x9', 2\], .*\(sep_conv_3x3, skip_connect"):
+        genotypes.load(str(path), ('sep_conv_3x3', 'skip_connect', 'max_pool_3x3'))
+
+
+def test_edges_of_none_and_other_numbers_of_nodes_are_accepted():
+    for nodes in (1, 3, 5):
+        cell, concat = (('none', 0), ('skip_connect', 1)) * nodes, tuple(range(2, 2 + nodes))
+        fields = {'normal': cell, 'normal_concat': concat, 'reduce': cell, 'reduce_concat': concat}
+        assert genotypes.check(fields)._asdict() == fields
+
+
+# ---------------------------------------------------------------------------------------------------
+# Search spaces
+
+@pytest.mark.parametrize('nodes, edges, first_edges, groups', [
+    (1, 2, (0,), ((0, 1),)), (3, 9, (0, 2, 5), ((0, 1), (2,), (3,))),
+    (4, 14, (0, 2, 5, 9), ((0, 1), (2,), (3,), (4,))), (5, 20, (0, 2, 5, 9, 14), ((0, 1), (2,), (3,), (4,), (5,)))])
+def test_edges_follow_from_the_nodes(nodes, edges, first_edges, groups):
+    space = SearchSpace(['skip_connect', 'sep_conv_3x3'], nodes)
+    assert (space.edges, space.first_edges, space.state_groups) == (edges, first_edges, groups)
+    assert len(space.edge_names) == edges
+    assert space.edge_names[-1] == f'{nodes} to {1 + nodes}'
+    assert SearchSpace.of(json.loads(json.dumps(space.as_dict()))) == space
+    assert str(space) == f'{nodes} nodes, skip_connect,sep_conv_3x3'
+
+
+def test_the_space_of_the_paper():
+    assert (len(DARTS_SPACE.primitives), DARTS_SPACE.nodes, DARTS_SPACE.edges) == (8, 4, 14)
+    assert SearchSpace(DARTS_SPACE.primitives) == DARTS_SPACE != SearchSpace(DARTS_SPACE.primitives[::-1])
+
+
+@pytest.mark.parametrize('primitives, nodes, reason', [
+    ((), 4, 'at least one operation other than none'), (('none',), 4, 'at least one operation other than none'),
+    (('none', 'skip_connect', 'none'), 4, 'none,skip_connect,none: none occurs more than once'),
+    (('skip_connect', 3), 4, 'has to be the name'), (('skip_connect', ''), 4, 'has to be the name'),
+    (('skip_connect',), 0, 'nodes is 0'), (('skip_connect',), 2.0, 'nodes is 2.0'), (('skip_connect',), True, 'nodes')])
+def test_invalid_spaces_are_refused(primitives, nodes, reason):
+    with pytest.raises(UserError, match=reason):
+        SearchSpace(primitives, nodes)
+
+
+def test_a_file_of_another_space_is_refused_with_both():
+    space = SearchSpace(('skip_connect', 'sep_conv_3x3'), 3)
+    space.check_recorded('a.npz', {'space': space.as_dict()})
+    DARTS_SPACE.check_recorded('a.npz', {})
+    with pytest.raises(UserError, match='a.npz .*: 3 nodes, skip_connect,sep_conv_3x3 there, 4 nodes, none,max_pool'):
+        DARTS_SPACE.check_recorded('a.npz', {'space': space.as_dict()})
+    for fields in ({'primitives': ['none'], 'nodes': 4}, {'nodes': 4}, None, 'none', {**space.as_dict(), 'edges': 9}):
+        with pytest.raises(UserError, match='a.npz: it records no search space'):
+            genotypes.recorded_space('a.npz', {'space': fields})
+
+
+# ---------------------------------------------------------------------------------------------------
+# Derivation
+
+def mixing_weights(*strengths, space=DARTS_SPACE):
+    """Returns the softmax of alpha [edges, primitives]: zero except for the given (edge, operation, value)."""
+    table = np.zeros((space.edges, len(space.primitives)))
     for edge, operation, value in strengths:
-        table[edge, PRIMITIVES.index(operation)] = value
-    return table
+        table[edge, space.primitives.index(operation)] = value
+    weights = np.exp(table - table.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def test_each_node_keeps_its_two_strongest_edges_the_stronger_first():
-    table = alphas(
+    table = mixing_weights(
         (0, 'sep_conv_3x3', 1.0), (1, 'dil_conv_5x5', 2.0),                                # node 2: states 0, 1
         (2, 'max_pool_3x3', 3.0), (3, 'avg_pool_3x3', 1.0), (4, 'skip_connect', 2.0),      # node 3: 0, 1, 2
         (5, 'sep_conv_5x5', 0.1), (6, 'sep_conv_5x5', 0.2), (7, 'sep_conv_5x5', 0.3), (8, 'dil_conv_3x3', 0.4),
         (9, 'sep_conv_3x3', 0.5), (13, 'skip_connect', 0.6), (13, 'max_pool_3x3', 0.59))    # node 5: 0 to 4
     cell = (('dil_conv_5x5', 1), ('sep_conv_3x3', 0), ('max_pool_3x3', 0), ('skip_connect', 2),
             ('dil_conv_3x3', 3), ('sep_conv_5x5', 2), ('sep_conv_3x3', 0), ('skip_connect', 4))
-    genotype = genotypes.derive(table, alphas((0, 'skip_connect', 1.0)))
+    genotype = genotypes.derive(DARTS_SPACE, table, mixing_weights((0, 'skip_connect', 1.0)))
     # The second operation on edge 13 takes weight from its first, so the weaker alpha of edge 9 wins.
     assert genotype.normal == cell
     assert genotype.reduce[:2] == (('skip_connect', 0), ('max_pool_3x3', 1))
@@ -77,8 +137,31 @@ def test_each_node_keeps_its_two_strongest_edges_the_stronger_first():
 
 
 def test_none_is_never_chosen_but_weakens_its_edge_and_with_ties_the_lower_index_wins():
-    table = alphas((2, 'none', 9.0), (2, 'sep_conv_3x3', 3.0),       # strong without its dominant none
+    table = mixing_weights((2, 'none', 9.0), (2, 'sep_conv_3x3', 3.0),       # strong without its dominant none
                    (3, 'sep_conv_5x5', 0.2), (4, 'dil_conv_3x3', 0.1))
-    genotype = genotypes.derive(table, alphas(*[(edge, 'none', 5000.0) for edge in range(14)]))      # exp overflows
+    genotype = genotypes.derive(DARTS_SPACE, table, mixing_weights(*[(edge, 'none', 9.0) for edge in range(14)]))
     assert genotype.normal[2:4] == (('sep_conv_5x5', 1), ('dil_conv_3x3', 2))
     assert genotype.reduce == (('max_pool_3x3', 0), ('max_pool_3x3', 1)) * 4
+
+
+@pytest.mark.parametrize('primitives', [('sep_conv_3x3', 'none', 'skip_connect'),
+                                        ('skip_connect', 'sep_conv_3x3', 'none'), ('skip_connect', 'sep_conv_3x3')])
+def test_none_is_excluded_by_its_name_wherever_it_stands(primitives):
+    space = SearchSpace(primitives, nodes=2)
+    strengths = [(0, 'skip_connect', 1.0), (1, 'sep_conv_3x3', 2.0),                   # node 2: states 0, 1
+                 (2, 'sep_conv_3x3', 3.0), (3, 'skip_connect', 2.0), (4, 'sep_conv_3x3', 1.0)]
+    strengths += [(edge, 'none', 0.5) for edge in range(5)] if 'none' in primitives else []
+    reduce = [(0, 'skip_connect', 0.4), (2, 'sep_conv_3x3', 0.5), (4, 'skip_connect', 0.7)]
+    genotype = genotypes.derive(space, mixing_weights(*strengths, space=space), mixing_weights(*reduce, space=space))
+    assert genotype.normal == (('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 0), ('skip_connect', 1))
+    first = next(name for name in primitives if name != 'none')                        # edge 1 is undecided
+    assert genotype.reduce == (('skip_connect', 0), (first, 1), ('skip_connect', 2), ('sep_conv_3x3', 0))
+    assert genotype.normal_concat == genotype.reduce_concat == (2, 3)
+
+
+def test_the_derivation_compares_weights_of_any_kind():
+    """Weights that do not add up to 1, as those of a sigmoid."""
+    space = SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), nodes=1)
+    weights = np.array([[0.9, 0.6, 0.5], [0.1, 0.2, 0.8]])
+    assert genotypes.derive(space, weights, weights[::-1]) == genotypes.Genotype(
+        (('sep_conv_3x3', 1), ('skip_connect', 0)), (2,), (('sep_conv_3x3', 0), ('skip_connect', 1)), (2,))

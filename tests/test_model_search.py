@@ -10,6 +10,7 @@ from agreement import scrambled
 from architect import Architect
 from engine import custom_ops
 from engine.optimizers import MomentumSGD
+from genotypes import DARTS_SPACE, SearchSpace
 from model_search import Supernet
 from reference import supernet as reference
 from utils import UserError
@@ -32,7 +33,7 @@ def randomize(supernet, seed=0):
     """Sets random weights and alpha without equal values; returns both by name, and a random batch of 4 images."""
     rng = np.random.default_rng(seed)
     weights = scrambled(supernet.shapes, rng)
-    alphas = {name: rng.normal(0, 1, (14, 8)) for name in supernet.alphas()}
+    alphas = {name: rng.normal(0, 1, array.shape) for name, array in supernet.alphas().items()}
     supernet.set_weights(weights)
     supernet.set_alphas(alphas)
     size = supernet.image_size
@@ -42,7 +43,8 @@ def randomize(supernet, seed=0):
 def assert_equals_reference(supernet, weights, alphas, batch, channels, layers, tolerance=1e-9):
     """Asserts that loss, accuracies and all gradients agree with the reference; returns the supernet's Gradients."""
     result = supernet.gradients(*batch)
-    loss, logits, weight_gradients, alpha_gradients = reference.gradients(weights, alphas, *batch, channels, layers)
+    loss, logits, weight_gradients, alpha_gradients = reference.gradients(
+        weights, alphas, *batch, channels, layers, supernet.space.primitives, supernet.space.nodes)
     assert abs(result.loss - loss) < tolerance
     assert result.loss == pytest.approx(supernet.evaluate(*batch).loss, abs=tolerance)
     correct = np.argsort(-logits, axis=1) == batch[1]
@@ -67,6 +69,42 @@ def test_loss_and_all_gradients_equal_the_reference(supernet_of, channels, layer
     assert min(np.abs(gradient).max() for gradient in result.weights.values()) > 0
     # The alpha of none (column 0) has a gradient too, through the softmax.
     assert all((np.abs(gradient) > 0).all() for gradient in result.alphas.values())
+
+
+# Names and number of nodes. The compiled operator computes all of these spaces.
+PRIMITIVES = DARTS_SPACE.primitives
+SPACES = {'without_none': (PRIMITIVES[1:], 4), 's2': (('skip_connect', 'sep_conv_3x3'), 4),
+          's2_reversed': (('sep_conv_3x3', 'skip_connect'), 4), 'reversed': (PRIMITIVES[::-1], 2),
+          'with_sep_conv_7x7': ((*PRIMITIVES, 'sep_conv_7x7'), 2),
+          '1_node': (PRIMITIVES, 1), '3_nodes': (PRIMITIVES, 3), '5_nodes': (PRIMITIVES, 5),
+          'one_convolution': (('dil_conv_3x3',), 2), 'one_pool': (('max_pool_3x3',), 2),
+          'only_skip_connect': (('none', 'skip_connect'), 2)}
+
+
+@pytest.mark.parametrize('name', SPACES)
+def test_loss_and_all_gradients_in_another_search_space(operators, name):
+    space = SearchSpace(*SPACES[name])
+    supernet = Supernet(2, CLASSES, 3, 'float64', image_size=8, space=space)
+    assert supernet.compiled == custom_ops.enabled()
+    weights, alphas, batch = randomize(supernet)
+    assert supernet.shapes == reference.weight_shapes(2, CLASSES, 3, *SPACES[name])
+    assert_equals_reference(supernet, weights, alphas, batch, 2, 3)
+    if custom_ops.enabled():                                         # the program that leaves out other gradients
+        expected = supernet.store.get('alpha_gradient')
+        supernet.store.set('alpha_gradient', np.zeros_like(expected))
+        supernet.run_alphas(supernet.feed(*batch))
+        np.testing.assert_array_equal(supernet.store.get('alpha_gradient'), expected)
+
+
+@pytest.mark.parametrize('batch_size, image_size', [(1, 4), (1, 20), (5, 12)])
+@pytest.mark.parametrize('operators', [True], ids=['custom_ops'], indirect=True)
+def test_odd_sizes_and_one_image(operators, batch_size, image_size):
+    """Planes of 1, 3 and 5 pixels, and a batch that two threads cannot share."""
+    supernet = Supernet(6, CLASSES, 3, 'float64', image_size=image_size, space=SearchSpace(PRIMITIVES, 2))
+    weights, alphas, _ = randomize(supernet)
+    rng = np.random.default_rng(1)
+    batch = rng.normal(size=(batch_size, 3, image_size, image_size)), rng.integers(0, CLASSES, (batch_size, 1))
+    assert_equals_reference(supernet, weights, alphas, batch, 6, 3)
 
 
 def test_permuted_edges_and_operations(supernet_of):
@@ -131,6 +169,11 @@ def test_names_and_shapes_equal_those_of_the_authors():
 def test_size_of_the_default_supernet():
     assert sum(int(np.prod(shape)) for shape in reference.weight_shapes(16, 10, 8).values()) == 1930618
     assert without_programs().size == 1930618
+
+
+def test_unknown_primitives_are_refused():
+    with pytest.raises(UserError, match="unknown operation 'conv_9x9': .* has none, max_pool_3x3, .*conv_7x1_1x7"):
+        without_programs(2, CLASSES, 3, space=SearchSpace(('skip_connect', 'conv_9x9')))
 
 
 def test_weights_and_alpha_are_read_back_unchanged():

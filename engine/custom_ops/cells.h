@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <iostream>
 #include <string>
 
 #include "kernels.h"
@@ -9,6 +10,19 @@
 namespace {
 
 using Shape = std::vector<int64_t>;
+
+// Raises an error with a message of several parts. Paddle 3's executor replaces the message of an exception, so it is
+// printed too.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::cerr << "compiled operator: ";
+  (std::cerr << ... << parts) << std::endl;
+  PD_THROW(parts...);
+}
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
 
 // The separable convolutions. stages: how often ReLU, convolution and normalisation follow each other; only the first
 // stage has a stride.
@@ -30,23 +44,23 @@ inline bool is_pool(const std::string& name) { return name == "max_pool_3x3" || 
 
 // Raises an error for an operation that neither cell computes.
 inline void check_operation(const std::string& name) {
-  PD_CHECK(find_convolution(name) || is_pool(name) || name == "skip_connect" || name == "none",
-           "the compiled operators have no operation ", name);
+  require(find_convolution(name) || is_pool(name) || name == "skip_connect" || name == "none",
+          "the compiled operators have no operation ", name);
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, const Shape& expected) {
-  PD_CHECK(tensor.shape() == expected, name, " has a wrong shape");
+  require(tensor.shape() == expected, name, " has a wrong shape");
 }
 
 // Raises an error unless all tensors are on the CPU and have the element type of the first one, float32 or float64.
 inline void check_types(const std::vector<Tensor>& tensors) {
-  PD_CHECK(!tensors.empty(), "there is no input");
+  require(!tensors.empty(), "there is no input");
   for (const Tensor& tensor : tensors) {
-    PD_CHECK(tensor.is_cpu(), "an input is not on the CPU");
-    PD_CHECK(tensor.dtype() == tensors[0].dtype(), "the inputs have different element types");
+    require(tensor.is_cpu(), "an input is not on the CPU");
+    require(tensor.dtype() == tensors[0].dtype(), "the inputs have different element types");
   }
-  PD_CHECK(tensors[0].dtype() == paddle::DataType::FLOAT32 || tensors[0].dtype() == paddle::DataType::FLOAT64,
-           "the element type is neither float32 nor float64");
+  require(tensors[0].dtype() == paddle::DataType::FLOAT32 || tensors[0].dtype() == paddle::DataType::FLOAT64,
+          "the element type is neither float32 nor float64");
 }
 
 // Assigns the weights of a cell to its operations. Every call of `take` returns the next rows of a tensor.
@@ -74,12 +88,12 @@ class Weights {
       used_[k] += size;
       return {values_[k].data<T>() + from, gradients_ ? (*gradients_)[k].template data<T>() + from : nullptr, size};
     }
-    PD_THROW("the cell lacks weights of one of its operations");
+    fail("the cell lacks weights of one of its operations");
   }
   Weight take_affine(int64_t size) { return take(size, 0, 0); }
   void check_all_used() const {
     for (size_t k = 2; k < values_.size(); ++k)
-      PD_CHECK(used_[k] == values_[k].numel(), "the cell has more weights than its operations need");
+      require(used_[k] == values_[k].numel(), "the cell has more weights than its operations need");
   }
 
  private:

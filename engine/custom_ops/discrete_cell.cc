@@ -165,7 +165,7 @@ class ConvNorm : public Operation<T> {
         second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, kernel_ / 2, L)), size_(first_.size),
         plane_(first_.out_h * first_.out_w), grid_(first_, c_in), pointwise_(weights->take(stages_ * c_, c_in, 1)),
         affine_(weights->take_affine(2 * stages_ * c_)) {
-    PD_CHECK(c_ % halves_ == 0, "the output of FactorizedReduce consists of two halves: the channels have to be even");
+    require(c_ % halves_ == 0, "the output of FactorizedReduce consists of two halves: the channels have to be even");
     if (kernel_ == 1) return;
     depthwise_ = weights->take(stages_ * c_, 1, kernel_);
     for (int stage = 0; stage < stages_; ++stage)
@@ -399,6 +399,12 @@ std::unique_ptr<Operation<T>> make_conv_norm(int64_t n, int64_t c_in, int64_t ch
 
 constexpr ConvolutionKind kPointwise = {"", 1, 1, 1};          // ReLUConvBN and FactorizedReduce
 
+// Returns the shape of a cell's output; x: that of the output of the cell before, with -1 for an unknown batch size.
+inline Shape out_shape(const Shape& x, int64_t channels, int64_t nodes, bool reduction) {
+  const int64_t stride = reduction ? 2 : 1;
+  return {x[0], channels * nodes, x[2] / stride, x[3] / stride};
+}
+
 // The cell that the attributes of the operator describe, by the rules of model.Cell.
 struct Structure {
   std::vector<std::string> operations;           // of the edges, two per node
@@ -407,28 +413,19 @@ struct Structure {
   bool reduction, reduction_prev;
 
   // Raises an error for attributes that describe no cell.
-  const Structure& check() const {
-    PD_CHECK(!operations.empty() && operations.size() % 2 == 0 && states.size() == operations.size() && channels > 0,
-             "a cell needs channels, and two operations and states per node");
+  void check() const {
+    require(!operations.empty() && operations.size() % 2 == 0 && states.size() == operations.size() && channels > 0,
+            "a cell needs channels, and two operations and states per node");
     for (size_t edge = 0; edge < operations.size(); ++edge) {
       check_operation(operations[edge]);
-      PD_CHECK(states[edge] >= 0 && states[edge] < 2 + int(edge / 2), "an edge reads a state that does not precede it");
+      require(states[edge] >= 0 && states[edge] < 2 + int(edge / 2), "an edge reads a state that does not precede it");
     }
-    PD_CHECK(!concat.empty(), "a cell needs an output");
+    require(!concat.empty(), "a cell needs an output");
     for (int state : concat)
-      PD_CHECK(state >= 2 && state < state_count() && std::count(concat.begin(), concat.end(), state) == 1,
-               "the states in the output have to be different nodes");
-    return *this;
+      require(state >= 2 && state < state_count() && std::count(concat.begin(), concat.end(), state) == 1,
+              "the states in the output have to be different nodes");
   }
 
-  // Returns the shape of the output; x: shape of the output of the cell before, with -1 for an unknown batch size.
-  std::vector<int64_t> out_shape(const std::vector<int64_t>& x) const {
-    const int64_t stride = reduction ? 2 : 1;
-    PD_CHECK(x.size() == 4, "the inputs of a cell have to be [N, C, H, W]");
-    PD_CHECK(x[2] % stride == 0 && x[3] % stride == 0,
-             "a reduction cell halves height and width: they have to be even");
-    return {x[0], channels * static_cast<int64_t>(concat.size()), x[2] / stride, x[3] / stride};
-  }
   int64_t state_count() const { return 2 + operations.size() / 2; }
   int64_t stride(int edge) const { return reduction && states[edge] < 2 ? 2 : 1; }
   // Returns the index of state s in the output, or -1.
@@ -451,12 +448,12 @@ class DiscreteCell {
   DiscreteCell(const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients, const Structure& structure,
                const Normalisation& normalisation)
       : structure_(structure), x0_(inputs[0]), x1_(inputs[1]), gradients_(gradients), n_(x1_.shape()[0]),
-        c_(structure.channels), h_(x1_.shape()[2]), w_(x1_.shape()[3]), out_h_(structure.out_shape(x1_.shape())[2]),
-        out_w_(structure.out_shape(x1_.shape())[3]) {
+        c_(structure.channels), h_(x1_.shape()[2]), w_(x1_.shape()[3]), out_h_(h_ / (structure.reduction ? 2 : 1)),
+        out_w_(w_ / (structure.reduction ? 2 : 1)) {
     const int64_t scale = structure.reduction_prev ? 2 : 1;
-    PD_CHECK(x0_.shape().size() == 4 && x0_.shape()[0] == n_ && x0_.shape()[2] == scale * h_ &&
+    require(x0_.shape().size() == 4 && x0_.shape()[0] == n_ && x0_.shape()[2] == scale * h_ &&
                  x0_.shape()[3] == scale * w_ && h_ > 0 && w_ > 0 && x0_.shape()[1] > 0 && x1_.shape()[1] > 0,
-             "the two inputs of a cell differ in batch size, height or width, or are empty");
+            "the two inputs of a cell differ in batch size, height or width, or are empty");
     Weights<T> weights(inputs, gradients);
     operations_.push_back(make_conv_norm<T>(n_, x0_.shape()[1], c_, x0_.shape()[2], x0_.shape()[3], kPointwise,
                                             structure.reduction_prev ? 2 : 1, normalisation, &weights));
@@ -580,14 +577,18 @@ Mask<T> masks_in(const Tensor& masks, bool masked) {
 // Checks attributes and inputs of the operator, except for the weights; returns the shape of the output.
 Shape check_inputs(const Structure& structure, const std::vector<Tensor>& inputs, const Tensor& masks, bool masked,
                    float epsilon, float momentum) {
-  PD_CHECK(inputs.size() >= 2 && epsilon > 0 && momentum >= 0 && momentum <= 1,
-           "a cell needs two inputs, a positive epsilon and a momentum from 0 to 1");
+  require(inputs.size() >= 2 && epsilon > 0 && momentum >= 0 && momentum <= 1,
+          "a cell needs two inputs, a positive epsilon and a momentum from 0 to 1");
   check_types(inputs);
+  structure.check();
+  const Shape x = inputs[1].shape();
+  require(x.size() == 4 && (!structure.reduction || x[2] % 2 + x[3] % 2 == 0),
+          "the inputs of a cell have to be [N, C, H, W], and H and W of a reduction cell even");
   if (masked) {
     check_types({inputs[0], masks});
-    check_shape("the tensor of masks", masks, {inputs[1].shape()[0], structure.droppable_edges(), 1, 1});
+    check_shape("the tensor of masks", masks, {x[0], structure.droppable_edges(), 1, 1});
   }
-  return structure.check().out_shape(inputs[1].shape());
+  return out_shape(x, structure.channels, structure.concat.size(), structure.reduction);
 }
 
 std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks,
@@ -630,13 +631,13 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ma
   return gradients;
 }
 
+// For wrong inputs it returns unknown sizes: an exception would end the process here. The kernel raises the error.
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const Shape& running, const Shape&,
-                              const std::vector<std::string>& operations, const std::vector<int>& states,
-                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev, bool,
-                              bool, float, float) {
-  const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
-  PD_CHECK(inputs.size() >= 2 && running.size() == 1, "a cell needs two inputs and a vector of running statistics");
-  return {structure.out_shape(inputs[1]), {-1}, {running[0] / 2, 2}, running};
+                              const std::vector<std::string>&, const std::vector<int>&, const std::vector<int>& concat,
+                              int channels, bool reduction, bool, bool, bool, float, float) {
+  Shape out{-1, -1, -1, -1};
+  if (inputs.size() > 1 && inputs[1].size() == 4) out = out_shape(inputs[1], channels, concat.size(), reduction);
+  return {out, {-1}, {-1, 2}, running};
 }
 
 using paddle::DataType;

@@ -525,12 +525,12 @@ class MixedCell {
 
 // Checks the inputs of the forward pass; returns the shape of the output.
 Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float epsilon) {
-  PD_CHECK(inputs.size() >= 2 && epsilon > 0, "a mixed cell needs its states, mixing weights and a positive epsilon");
+  require(inputs.size() >= 2 && epsilon > 0, "a mixed cell needs its states, mixing weights and a positive epsilon");
   check_types(inputs);
   const Shape x = inputs[0].shape();
   const int64_t stride = space.reduction ? 2 : 1;
-  PD_CHECK(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride + x[3] % stride == 0,
-           "the states have to be [N, 2 C, H, W] with an even C, and in a reduction cell an even H and W");
+  require(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride + x[3] % stride == 0,
+          "the states have to be [N, 2 C, H, W] with an even C, and in a reduction cell an even H and W");
   check_shape("the tensor of mixing weights", inputs[1], {space.edges, space.columns});
   return {x[0], space.nodes * x[1] / 2, x[2] / stride, x[3] / stride};
 }
@@ -578,12 +578,13 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
   return gradients;
 }
 
+// For wrong inputs it returns unknown sizes: an exception would end the process here. The kernel raises the error.
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const std::vector<std::string>& primitives, int nodes,
                               bool reduction, bool, float) {
-  const Space space(primitives, nodes, reduction);
   const Shape& x = inputs[0];
-  const int64_t planes = space.planes * x[1] / 2, stride = reduction ? 2 : 1;
-  return {{x[0], nodes * x[1] / 2, x[2] / stride, x[3] / stride}, {x[0], planes, -1}, {planes, 2}};
+  if (x.size() != 4) return {{-1, -1, -1, -1}, {-1, -1, -1}, {-1, 2}};
+  const int64_t stride = reduction ? 2 : 1;
+  return {{x[0], nodes * x[1] / 2, x[2] / stride, x[3] / stride}, {x[0], -1, -1}, {-1, 2}};
 }
 
 std::vector<paddle::DataType> InferDtype(const std::vector<paddle::DataType>& inputs) {

@@ -46,11 +46,11 @@ struct Space {
 
   Space(const std::vector<std::string>& primitives, int nodes, bool reduction)
       : nodes(nodes), columns(primitives.size()), reduction(reduction) {
-    PD_CHECK(nodes > 0 && nodes <= 1000 && columns > 0, "a cell needs from 1 to 1000 nodes, and primitives");
+    require(nodes > 0 && nodes <= 1000 && columns > 0, "a cell needs from 1 to 1000 nodes, and primitives");
     for (int k = 0; k < columns; ++k) {
       check_operation(primitives[k]);
-      PD_CHECK(std::count(primitives.begin(), primitives.end(), primitives[k]) == 1, primitives[k],
-               " occurs more than once");
+      require(std::count(primitives.begin(), primitives.end(), primitives[k]) == 1, primitives[k],
+              " occurs more than once");
       if (primitives[k] == "skip_connect") skip = k;
       if (is_pool(primitives[k])) pools.push_back({primitives[k] == "max_pool_3x3", k});
       const ConvolutionKind* kind = find_convolution(primitives[k]);

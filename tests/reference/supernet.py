@@ -5,9 +5,10 @@ dynamic mode in float64 and shares no code with the program. Weights are {name: 
 
     stem.{0,1}                              convolution and batch normalisation
     cells.{i}.preprocess{0,1}               preprocessing of the outputs of the two cells before cell i
-    cells.{i}._ops.{edge}._ops.{k}          operation k on one of the 14 edges, numbered by node, then by state
+    cells.{i}._ops.{edge}._ops.{k}          primitive k on an edge; edges are numbered by node, then by state
     classifier                              linear layer
 
+The search space is given by the names of the primitives and the number of nodes; the default is that of the paper.
 Sizes in the comments: N images, C channels of the cell, H x W pixels.
 """
 import numpy as np
@@ -19,8 +20,11 @@ from engine import custom_ops
 # Paddle stores the epsilon of its batch normalisation in single precision, which is 2.5e-8 away from 1e-5.
 EPSILON = float(np.float32(1e-5))
 
+STANDARD = ('none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect',
+            'sep_conv_3x3', 'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5')
 
-def cells(channels, layers):
+
+def cells(channels, layers, nodes):
     """Yields (index, channels of s0, channels of s1, C, reduction, reduction_prev) of each cell."""
     c_prev_prev = c_prev = 3 * channels
     reduction_prev = False
@@ -28,14 +32,14 @@ def cells(channels, layers):
         reduction = i == layers // 3 or i == 2 * layers // 3
         channels = 2 * channels if reduction else channels
         yield i, c_prev_prev, c_prev, channels, reduction, reduction_prev
-        c_prev_prev, c_prev, reduction_prev = c_prev, 4 * channels, reduction
+        c_prev_prev, c_prev, reduction_prev = c_prev, nodes * channels, reduction
 
 
-def weight_shapes(channels, classes, layers):
+def weight_shapes(channels, classes, layers, primitives=STANDARD, nodes=4):
     """Returns {name: shape} of all weights."""
     shapes = {'stem.0.weight': (3 * channels, 3, 3, 3), 'stem.1.weight': (3 * channels,),
               'stem.1.bias': (3 * channels,)}
-    for i, c_prev_prev, c_prev, c, reduction, reduction_prev in cells(channels, layers):
+    for i, c_prev_prev, c_prev, c, reduction, reduction_prev in cells(channels, layers, nodes):
         if reduction_prev:
             shapes[f'cells.{i}.preprocess0.conv_1.weight'] = (c // 2, c_prev_prev, 1, 1)
             shapes[f'cells.{i}.preprocess0.conv_2.weight'] = (c // 2, c_prev_prev, 1, 1)
@@ -43,17 +47,18 @@ def weight_shapes(channels, classes, layers):
             shapes[f'cells.{i}.preprocess0.op.1.weight'] = (c, c_prev_prev, 1, 1)
         shapes[f'cells.{i}.preprocess1.op.1.weight'] = (c, c_prev, 1, 1)
         edge = 0
-        for node in range(4):
+        for node in range(nodes):
             for state in range(2 + node):
-                prefix = f'cells.{i}._ops.{edge}._ops'
-                if reduction and state < 2:
-                    shapes[f'{prefix}.3.conv_1.weight'] = shapes[f'{prefix}.3.conv_2.weight'] = (c // 2, c, 1, 1)
-                for k, size, depthwise in ((4, 3, (1, 5)), (5, 5, (1, 5)), (6, 3, (1,)), (7, 5, (1,))):
-                    for n in depthwise:
-                        shapes[f'{prefix}.{k}.op.{n}.weight'] = (c, 1, size, size)
-                        shapes[f'{prefix}.{k}.op.{n + 1}.weight'] = (c, c, 1, 1)
+                for k, name in enumerate(primitives):
+                    prefix = f'cells.{i}._ops.{edge}._ops.{k}'
+                    if name == 'skip_connect' and reduction and state < 2:
+                        shapes[f'{prefix}.conv_1.weight'] = shapes[f'{prefix}.conv_2.weight'] = (c // 2, c, 1, 1)
+                    if name.startswith(('sep_conv', 'dil_conv')):
+                        for n in (1, 5) if name.startswith('sep_conv') else (1,):
+                            shapes[f'{prefix}.op.{n}.weight'] = (c, 1, int(name[-1]), int(name[-1]))
+                            shapes[f'{prefix}.op.{n + 1}.weight'] = (c, c, 1, 1)
                 edge += 1
-    shapes['classifier.weight'] = (classes, 4 * c)
+    shapes['classifier.weight'] = (classes, nodes * c)
     shapes['classifier.bias'] = (classes,)
     return shapes
 
@@ -96,56 +101,62 @@ def separable(x, weights, prefix, n, size, stride, dilation):
     return batch_norm(F.conv2d(x, weights[f'{prefix}.op.{n + 1}.weight']))
 
 
-def operation(k, x, weights, prefix, stride):
-    """Returns operation k > 0 of the search space on x; prefix: of the names of its weights."""
-    if k == 1:                                                                        # max_pool_3x3
+def operation(name, x, weights, prefix, stride):
+    """Returns a primitive other than none on x; prefix: of the names of its weights."""
+    if name == 'max_pool_3x3':
         return batch_norm(F.max_pool2d(x, 3, stride=stride, padding=1))
-    if k == 2:                                                                        # avg_pool_3x3
+    if name == 'avg_pool_3x3':
         return batch_norm(average_pool(x, stride))
-    if k == 3:                                                                        # skip_connect
+    if name == 'skip_connect':
         return x if stride == 1 else factorized_reduce(x, weights, prefix)
-    size = 3 if k in (4, 6) else 5
-    if k >= 6:                                                                        # dil_conv_3x3, dil_conv_5x5
-        return separable(x, weights, prefix, 1, size, stride, dilation=2)
-    x = separable(x, weights, prefix, 1, size, stride, dilation=1)                    # sep_conv_3x3, sep_conv_5x5
-    return separable(x, weights, prefix, 5, size, stride=1, dilation=1)
+    kind, _, size = name.partition('_conv_')
+    if kind == 'dil':
+        return separable(x, weights, prefix, 1, int(size[0]), stride, dilation=2)
+    assert kind == 'sep'
+    x = separable(x, weights, prefix, 1, int(size[0]), stride, dilation=1)
+    return separable(x, weights, prefix, 5, int(size[0]), stride=1, dilation=1)
 
 
-def cell(s0, s1, weights, prefix, alpha, reduction, reduction_prev):
-    """Returns the output [N, 4 * C, H', W'] of a cell from the outputs of the two cells before it; alpha: [14, 8]."""
+def cell(s0, s1, weights, prefix, alpha, reduction, reduction_prev, primitives, nodes):
+    """Returns the output [N, nodes * C, H', W'] of a cell from the outputs of the two cells before it.
+
+    alpha: [edges, primitives].
+    """
     mixing = paddle.exp(alpha) / paddle.exp(alpha).sum(axis=1, keepdim=True)          # softmax per edge
     preprocess0 = factorized_reduce if reduction_prev else relu_conv_bn
     states = [preprocess0(s0, weights, f'{prefix}.preprocess0'),
               relu_conv_bn(s1, weights, f'{prefix}.preprocess1')]
     edge = 0
-    for _node in range(4):
+    for _node in range(nodes):
         total = 0
         for j, state in enumerate(states):
             stride = 2 if reduction and j < 2 else 1
-            for k in range(1, 8):                                                     # operation 0, none, is zero
-                total = total + mixing[edge, k] * operation(k, state, weights, f'{prefix}._ops.{edge}._ops.{k}', stride)
+            for k, name in enumerate(primitives):
+                if name != 'none':                                                    # none is zero
+                    result = operation(name, state, weights, f'{prefix}._ops.{edge}._ops.{k}', stride)
+                    total = total + mixing[edge, k] * result
             edge += 1
         states.append(total)
     return paddle.concat(states[2:], axis=1)
 
 
-def forward(weights, alphas_normal, alphas_reduce, images, channels, layers):
+def forward(weights, alphas_normal, alphas_reduce, images, channels, layers, primitives=STANDARD, nodes=4):
     """Returns the logits [N, classes] of images [N, 3, H, W]; weights, alphas and images are tensors."""
     x = batch_norm(F.conv2d(images, weights['stem.0.weight'], padding=1))
     x = x * weights['stem.1.weight'].reshape([1, -1, 1, 1]) + weights['stem.1.bias'].reshape([1, -1, 1, 1])
     s0 = s1 = x
-    for i, _, _, _, reduction, reduction_prev in cells(channels, layers):
+    for i, _, _, _, reduction, reduction_prev in cells(channels, layers, nodes):
         alpha = alphas_reduce if reduction else alphas_normal
-        s0, s1 = s1, cell(s0, s1, weights, f'cells.{i}', alpha, reduction, reduction_prev)
-    features = s1.mean(axis=[2, 3])                                                   # [N, 4 * C]
+        s0, s1 = s1, cell(s0, s1, weights, f'cells.{i}', alpha, reduction, reduction_prev, primitives, nodes)
+    features = s1.mean(axis=[2, 3])                                                   # [N, nodes * C]
     return paddle.matmul(features, weights['classifier.weight'], transpose_y=True) + weights['classifier.bias']
 
 
-def gradients(weights, alphas, images, labels, channels, layers):
+def gradients(weights, alphas, images, labels, channels, layers, primitives=STANDARD, nodes=4):
     """Returns (loss, logits, {name: gradient of a weight}, {name: gradient of an alpha}), numpy float64.
 
-    weights: {name: array}; alphas: {'alphas_normal', 'alphas_reduce': [14, 8]}; images: [N, 3, H, W]; labels: [N] or
-    [N, 1]. The loss is the mean cross entropy.
+    weights: {name: array}; alphas: {'alphas_normal', 'alphas_reduce': [edges, primitives]}; images: [N, 3, H, W];
+    labels: [N] or [N, 1]. The loss is the mean cross entropy.
     """
     def variables(arrays):
         return {name: paddle.to_tensor(np.asarray(array, 'float64'), stop_gradient=False)
@@ -154,7 +165,7 @@ def gradients(weights, alphas, images, labels, channels, layers):
     with paddle.base.dygraph.guard():
         w, a = variables(weights), variables(alphas)
         logits = forward(w, a['alphas_normal'], a['alphas_reduce'], paddle.to_tensor(np.asarray(images, 'float64')),
-                         channels, layers)
+                         channels, layers, primitives, nodes)
         log_likelihood = logits - paddle.log(paddle.exp(logits).sum(axis=1, keepdim=True))
         one_hot = paddle.to_tensor(np.eye(logits.shape[1])[np.ravel(labels)])
         loss = -(log_likelihood * one_hot).sum() / len(images)
