@@ -18,7 +18,7 @@ from engine.parameters import FlatParameters
 from engine.programs import StaticProgram
 from genotypes import Genotype
 from operations import (BN_EPSILON, BN_MOMENTUM, OPERATIONS, BatchNorm, conv, drop_path_masks, linear, mean_of_planes,
-                        operation, preprocess)
+                        not_compiled, operation, preprocess)
 from utils import UserError
 
 AUXILIARY = 'auxiliary_head.'               # prefix of the names of its weights
@@ -47,7 +47,7 @@ class Cell:
         self.attributes = dict(operations=names, states=self.states, concat=concat, channels=channels,
                                reduction=reduction, reduction_prev=reduction_prev)
         self.weights = self.running = None
-        self.compiled = custom_ops.OPERATIONS.issuperset(names)
+        self.compiled = not not_compiled(names)
         if self.compiled:
             self.weights = list(layout.fused_views(first).values())
             self.running, = layout.statistics.fused_views(first_statistic).values()

@@ -44,7 +44,7 @@ from engine.parameters import FlatBuffer, FlatParameters, check_finite
 from engine.programs import StaticProgram
 from genotypes import DARTS_SPACE, Genotype, SearchSpace, derive
 from operations import (BN_EPSILON, OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, States, batch_norm,
-                        check_known, conv, linear, mean_of_planes)
+                        check_known, conv, linear, mean_of_planes, not_compiled)
 from utils import UserError
 
 CELL_KINDS = ('normal', 'reduce')           # the first axis of alphas
@@ -178,7 +178,8 @@ class Supernet(FlatNetwork):
     channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype:
     'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
     space: the primitives on each edge and the number of nodes; place: the device, the CPU when None;
-    build_programs=False builds no program, for names and shapes only. Raises UserError for sizes that cannot be built
+    build_programs=False builds no program, for names and shapes only; expected_size: number of weights in a file, which
+    is compared before memory is reserved. Raises UserError for sizes that cannot be built or differ from expected_size,
     and for a primitive that operations.OPERATIONS lacks.
 
     The weights are the vector `theta` of the store, alpha is `alphas` [2, edges, primitives] (normal, reduce); `run`
@@ -221,7 +222,8 @@ class Supernet(FlatNetwork):
     """
 
     def __init__(self, channels: int = 16, classes: int = 10, layers: int = 8, dtype: str = 'float32', seed: int = 0,
-                 image_size: int = 32, space: SearchSpace = DARTS_SPACE, place=None, build_programs: bool = True):
+                 image_size: int = 32, space: SearchSpace = DARTS_SPACE, place=None, build_programs: bool = True,
+                 expected_size: int | None = None):
         if layers < 3:
             raise UserError(f"layers is {layers}, but two reduction cells after the first cell need at least 3")
         if channels < 2 or channels % 2:
@@ -232,7 +234,7 @@ class Supernet(FlatNetwork):
         check_known(space.primitives)
         super().__init__(classes, image_size, FlatParameters())
         self.space, self.mixing = space, FlatBuffer()
-        self.compiled = build_programs and custom_ops.enabled_for(space.primitives)
+        self.compiled = build_programs and custom_ops.enabled_for(not_compiled(space.primitives))
         c_prev_prev = c_prev = 3 * channels
         self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
         self.stem_norm = BatchNorm(self.layout, ['stem.1'], c_prev, affine=True)
@@ -251,6 +253,10 @@ class Supernet(FlatNetwork):
         for group in self.mixing.groups:
             self.mixing_source[group.offset:group.offset + group.size] = group.source
 
+        size = self.layout.assign_offsets().size
+        if expected_size not in (None, size):
+            raise UserError(f"the weights are {expected_size} numbers, a supernet of {space} has {size} with "
+                            f"init_channels {self.cells[0].channels} and {layers} layers")
         rng = np.random.default_rng(seed)
         self._allocate(place, dtype, rng)
         shape = len(CELL_KINDS), space.edges, len(space.primitives)

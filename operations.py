@@ -241,11 +241,14 @@ class Operation(NamedTuple):
     pool: (x, stride) -> the result on every plane of x, for an operation without weights. The supernet computes it once
         per state and normalises it.
     identity: whether the operation returns its input when the stride is 1; `build` is then for stride 2.
+    compiled: whether the compiled operators (engine/custom_ops) know the name and compute this very function. A cell
+        with an entry that is not compiled uses Paddle's operators.
     """
     build: Callable | None = None
     ends_in_norm: bool = True
     pool: Callable | None = None
     identity: bool = False
+    compiled: bool = False
 
     def has_weights(self, stride: int) -> bool:
         """Whether the operation has weights with this stride."""
@@ -258,24 +261,33 @@ class Operation(NamedTuple):
 
 # What can be an edge of a supernet or of a discrete cell. An operation that is added here needs no other change.
 OPERATIONS = {
-    NONE: Operation(),                                               # zero
-    'max_pool_3x3': Operation(pool=max_pool),
-    'avg_pool_3x3': Operation(pool=avg_pool),
-    'skip_connect': Operation(skip_connect, identity=True),
-    'sep_conv_3x3': Operation(partial(SepConv, kernel=3)),
-    'sep_conv_5x5': Operation(partial(SepConv, kernel=5)),
-    'sep_conv_7x7': Operation(partial(SepConv, kernel=7)),
-    'dil_conv_3x3': Operation(partial(DilConv, kernel=3)),
-    'dil_conv_5x5': Operation(partial(DilConv, kernel=5)),
+    NONE: Operation(compiled=True),                                  # zero
+    'max_pool_3x3': Operation(pool=max_pool, compiled=True),
+    'avg_pool_3x3': Operation(pool=avg_pool, compiled=True),
+    'skip_connect': Operation(skip_connect, identity=True, compiled=True),
+    'sep_conv_3x3': Operation(partial(SepConv, kernel=3), compiled=True),
+    'sep_conv_5x5': Operation(partial(SepConv, kernel=5), compiled=True),
+    'sep_conv_7x7': Operation(partial(SepConv, kernel=7), compiled=True),
+    'dil_conv_3x3': Operation(partial(DilConv, kernel=3), compiled=True),
+    'dil_conv_5x5': Operation(partial(DilConv, kernel=5), compiled=True),
     'conv_7x1_1x7': Operation(Conv7x1_1x7),
 }
 
 
 def check_known(names: Iterable[str]) -> None:
-    """Raises UserError for a name that is not in OPERATIONS."""
-    unknown = [name for name in names if name not in OPERATIONS]
-    if unknown:
-        raise UserError(f"unknown operation {unknown[0]!r}: operations.OPERATIONS has {', '.join(OPERATIONS)}")
+    """Raises UserError for a name that is not in OPERATIONS, and for an entry that contradicts itself."""
+    for name in names:
+        if name not in OPERATIONS:
+            raise UserError(f"unknown operation {name!r}: operations.OPERATIONS has {', '.join(OPERATIONS)}")
+        entry = OPERATIONS[name]
+        if entry.build and entry.pool or entry.identity and not entry.build:
+            raise UserError(f"operations.OPERATIONS[{name!r}] needs either `build` or `pool`, and `build` for stride 2 "
+                            "if it is the identity")
+
+
+def not_compiled(names: Iterable[str]) -> list[str]:
+    """Returns those of the operations that the compiled operators do not compute."""
+    return [name for name in names if not OPERATIONS[name].compiled]
 
 
 def operation(name: str, layout: FlatParameters, prefix: str, channels: int, stride: int) -> Callable:

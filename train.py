@@ -23,6 +23,7 @@ from engine.checkpoint import Run, read_weights, write_arrays
 from engine.console import log
 from engine.optimizers import MomentumSGD
 from model import Network, NetworkCIFAR
+from operations import OPERATIONS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     place = trainer.start(args)
-    genotype = genotypes.load(args.arch)
+    genotype = genotypes.load(args.arch, OPERATIONS)
     pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
 
     data = distributed.local_rank0_first(lambda: reader.load(args.dataset, args.data))

@@ -17,6 +17,7 @@ import utils
 from engine import distributed, trainer
 from engine.checkpoint import read_weights
 from model import NetworkImageNet
+from operations import OPERATIONS
 from train import Training, begin_run, evaluate_weights
 
 
@@ -44,7 +45,7 @@ def main() -> None:
 
 def train_or_evaluate(args: argparse.Namespace, workers: imagenet_reader.Workers) -> None:
     place = trainer.start(args)
-    genotype = genotypes.load(args.arch)
+    genotype = genotypes.load(args.arch, OPERATIONS)
     pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
 
     data = imagenet_reader.load(args.data_dir, args.class_num)

@@ -2,6 +2,7 @@
 
     python train_search.py                                         # CIFAR-10, second order
     python train_search.py --unrolled False                        # first order
+    python train_search.py --primitives none,skip_connect,sep_conv_3x3 --nodes 3          # another search space
     python train_search.py --dataset fashion_mnist_sample --init_channels 4 --epochs 2    # small, no download
     python train_search.py --resume                                # continue after a stop or a crash
     python -m paddle.distributed.launch --gpus 0,1,2,3 train_search.py                    # four GPUs
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 
 import genotypes
@@ -20,7 +22,7 @@ from engine import distributed, trainer
 from engine.checkpoint import Run, read_weights
 from engine.console import log
 from engine.optimizers import MomentumSGD
-from genotypes import PRIMITIVES
+from genotypes import SearchSpace
 from model_search import Supernet
 from utils import UserError
 
@@ -40,12 +42,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--arch_weight_decay', type=utils.number(float, 0), default=1e-3, help='L2 decay of alpha (%(default)s)')
     add('--unrolled', type=utils.boolean, default=True,
         help='second-order (True) or first-order (False) gradient of alpha (%(default)s)')
-    add('--stop_at_skips', type=utils.number(int, 1, 2 * genotypes.NODES), metavar='N',
+    utils.add_space_arguments(parser)
+    add('--stop_at_skips', type=utils.number(int, 1), metavar='N',
         help='number of skip_connect in the normal cell that ends the search; genotype.json is then the last genotype '
              'with fewer (no limit)')
     add('--pretrained', metavar='PATH', help='initial weights (and alpha) of a supernet, an .npz of '
         'scripts/convert_weights.py')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stop_at_skips is not None and args.stop_at_skips > 2 * args.nodes:
+        parser.error(f"--stop_at_skips {args.stop_at_skips}: a cell of {args.nodes} nodes has {2 * args.nodes} edges")
+    return args
 
 
 class Search:
@@ -55,11 +61,12 @@ class Search:
     with the new alpha.
     """
 
-    tables = {f'alphas_{kind}': (genotypes.edge_names(), PRIMITIVES) for kind in ('normal', 'reduce')}
-
     def __init__(self, args: argparse.Namespace, data: reader.Dataset, run: Run, place):
         self.args, self.run = args, run
-        self.supernet = Supernet(args.init_channels, args.class_num, args.layers, seed=args.seed, place=place)
+        self.space = SearchSpace(args.primitives, args.nodes)
+        self.supernet = Supernet(args.init_channels, args.class_num, args.layers, seed=args.seed, place=place,
+                                 space=self.space)
+        self.tables = {name: (self.space.edge_names, self.space.primitives) for name in self.supernet.alphas()}
         self.store = self.supernet.store
         self.optimizer = MomentumSGD(self.store, args.momentum, args.weight_decay, args.grad_clip)
         self.architect = Architect(self.supernet, self.optimizer, args.arch_learning_rate, args.arch_weight_decay,
@@ -93,7 +100,7 @@ class Search:
         validation = trainer.evaluate(self.supernet, self.valid, self.args).means('valid')
         weights, genotype = self.supernet.mixing_weights(), self.supernet.genotype()
         for name, table in weights.items():
-            log.info(format_mixing_weights(name, table))
+            log.info(format_mixing_weights(self.space, name, table))
         log.info(f"genotype = {genotype}")
         log.info(f"epoch {epoch + 1}: validation {trainer.as_text(validation, 'valid')}")
         health = {'skip_connects': genotypes.skip_connects(genotype)}
@@ -101,11 +108,11 @@ class Search:
             health[name.replace('alphas', 'entropy')] = genotypes.entropy(table)
         log.info(f"epoch {epoch + 1}: {health['skip_connects']} skip_connect in the normal cell; entropy of alpha: "
                  f"normal {health['entropy_normal']:.4f}, reduce {health['entropy_reduce']:.4f} "
-                 f"(2.0794 undecided, 0 decided)")
+                 f"({math.log(len(self.space.primitives)):.4f} undecided, 0 decided)")
         if not self.too_many_skips(genotype):
             self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
         return dict(validation, **health, **{name: table.tolist() for name, table in weights.items()},
-                    genotype=genotype._asdict())
+                    genotype=genotype._asdict(), space=self.space.as_dict())
 
     def too_many_skips(self, genotype: genotypes.Genotype) -> bool:
         limit = self.args.stop_at_skips
@@ -142,18 +149,23 @@ class Search:
         return reason + "; --resume with a higher limit, or with none, continues the search"
 
 
-def format_mixing_weights(name: str, table) -> str:
-    """Returns a table [14, 8] of softmax(alpha) as text, one line per edge."""
-    lines = [f"softmax of {name}", 'edge    ' + ''.join(f'{op:>14}' for op in PRIMITIVES)]
-    for edge, row in zip(genotypes.edge_names(), table):
-        lines.append(f"{edge.replace('to', '->')}  " + ''.join(f'{weight:14.4f}' for weight in row))
+def format_mixing_weights(space: SearchSpace, name: str, table) -> str:
+    """Returns mixing weights [edges, primitives] as text, one line per edge."""
+    edges = [edge.replace('to', '->') for edge in space.edge_names]
+    widths = [max(len(primitive), len('0.1250')) + 2 for primitive in space.primitives]
+    lines = [f"mixing weights of {name}"]
+    for edge, row in zip(['edge', *edges], [space.primitives, *([f'{weight:.4f}' for weight in row] for row in table)]):
+        lines.append(edge.ljust(max(map(len, edges))) + ''.join(map(str.rjust, row, widths)))
     return '\n'.join(lines)
 
 
 def main() -> None:
     args = parse_args()
     place = trainer.start(args)
-    pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
+    pretrained = None
+    if args.pretrained:
+        metadata, pretrained = read_weights(args.pretrained)
+        SearchSpace(args.primitives, args.nodes).check_recorded(args.pretrained, metadata)
     data = distributed.local_rank0_first(lambda: reader.load(args.dataset, args.data))
     args.class_num = utils.check_class_num(args.class_num, data)
     run = Run(args)
@@ -161,6 +173,7 @@ def main() -> None:
     search = Search(args, data, run, place)
     if pretrained:
         search.supernet.load_weights(pretrained)
+    log.info(f"search space: {search.space}")
     log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
     trainer.announce_graph(search.store)
     trainer.run_epochs(search, run, args)

@@ -6,7 +6,8 @@
     python scripts/convert_weights.py --supernet search/checkpoint-0050-000000.npz supernet.pt
 
 Both sides use the same names, so the conversion only checks names and shapes, against the network that follows from the
-weights: its kind, channels, cells and classes. Needs torch (pip install torch).
+weights: its kind, channels, cells and classes. An .npz of a supernet and a checkpoint record their search space; for a .pt
+--primitives and --nodes give it. Needs torch (pip install torch).
 """
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ import numpy as np
 import genotypes
 import utils
 from engine import checkpoint
+from genotypes import DARTS_SPACE, SearchSpace
 from model import network_of
 from model_search import Supernet
+from operations import OPERATIONS
 from utils import UserError
 
 COUNTER = '.num_batches_tracked'            # of PyTorch's batch normalisation; Paddle has no such counter
@@ -62,7 +65,7 @@ def check_discrete(genotype: genotypes.Genotype, weights: dict[str, np.ndarray])
     return network_of(genotype, weights, build_programs=False).weights()
 
 
-def check_supernet(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SPACE) -> dict[str, np.ndarray]:
     """Returns the weights of a supernet, and both alphas if given; raises UserError when they do not fit.
 
     Running statistics are dropped, because the supernet always normalises by the statistics of the batch.
@@ -73,32 +76,40 @@ def check_supernet(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise UserError(f"weight {name!r} is missing or does not have {dimensions} dimensions")
     layers = len({name.split('.')[1] for name in weights if name.startswith('cells.')})
     supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers,
-                        build_programs=False)
+                        space=space, build_programs=False)
     supernet.load_weights(weights)
     return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
 
 
-def read_supernet(path: str) -> dict[str, np.ndarray]:
-    """Returns {name: array} of an .npz with the weights of a supernet, or of a checkpoint of the search."""
+def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]:
+    """Returns space and {name: array} of an .npz with the weights of a supernet, or of a checkpoint of the search.
+
+    The space is None when the file does not record it.
+    """
     try:
         metadata, arrays = checkpoint.read_arrays(path)
     except ValueError as error:
         raise UserError(f"{path} holds no weights: {error}") from None
     if 'theta' not in arrays:
-        return arrays
+        recorded = isinstance(metadata, dict) and 'space' in metadata
+        return genotypes.recorded_space(path, metadata) if recorded else None, arrays
     try:
-        channels, classes, layers = (metadata['settings'][key] for key in ('init_channels', 'class_num', 'layers'))
-        # Settings of a damaged file must not reserve memory: the pointwise convolutions alone are 84 C^2 per cell.
-        if 84 * layers * channels ** 2 + classes * channels > arrays['theta'].size:
+        settings = metadata['settings']
+        channels, classes, layers = (settings[key] for key in ('init_channels', 'class_num', 'layers'))
+        space = SearchSpace.of({key: settings[key] for key in ('primitives', 'nodes')})
+        # Settings of a damaged file must not build a large supernet: in each cell the preprocessing of the second input
+        # has at least C^2 weights.
+        if layers * channels ** 2 + classes * channels > arrays['theta'].size:
             raise ValueError("its settings are those of a larger supernet")
-        supernet = Supernet(channels, classes, layers, build_programs=False)
-        for name in ('theta', 'alphas'):
-            if arrays[name].shape != supernet.store.get(name).shape:
-                raise ValueError(f"{name} has shape {list(arrays[name].shape)}")
-            supernet.store.set(name, arrays[name])
+        if arrays['alphas'].shape != (2, space.edges, len(space.primitives)):
+            raise ValueError(f"alphas has shape {list(arrays['alphas'].shape)}")
+        supernet = Supernet(channels, classes, layers, space=space, build_programs=False,
+                            expected_size=arrays['theta'].size)
+        supernet.store.set('theta', arrays['theta'].reshape(-1))
+        supernet.store.set('alphas', arrays['alphas'])
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} is not a checkpoint of a search: {error}") from None
-    return dict(supernet.weights(), **supernet.alphas())
+    return space, dict(supernet.weights(), **supernet.alphas())
 
 
 def import_torch():
@@ -162,29 +173,35 @@ def write_state_dict(path: str, state_dict: dict[str, np.ndarray]) -> None:
     utils.write_file(path, content.getvalue())
 
 
-def convert(source: str, target: str, arch: str | None) -> dict[str, np.ndarray]:
+def convert(source: str, target: str, arch: str | None, space: dict | None = None) -> dict[str, np.ndarray]:
     """Converts the file `source` to the file `target`, one of them an .npz; returns the weights {name: array}.
 
-    arch: the genotype of a discrete network, as of genotypes.load; None for a supernet. Raises UserError when the
-    source cannot be read or does not fit.
+    arch: the genotype of a discrete network, as of genotypes.load; None for a supernet. space: given fields of the
+    SearchSpace of a supernet; the others are those that the source records, or those of DARTS_SPACE. Raises UserError
+    when the source cannot be read, does not fit, or records another space.
     """
     if source.endswith('.npz') == target.endswith('.npz'):
         raise UserError(f"one of {source} and {target} has to be an .npz of this project, the other a .pt of PyTorch")
-    genotype = None if arch is None else genotypes.load(arch)
-    metadata = {'genotype': genotype._asdict()} if genotype else {}
+    genotype = None if arch is None else genotypes.load(arch, OPERATIONS)
+    metadata, recorded = {'genotype': genotype._asdict()} if genotype else {}, None
     if not source.endswith('.npz'):
         weights = read_state_dict(source)
     elif genotype:
         metadata, weights = checkpoint.read_weights(source)
-        genotypes.of_weights(source, metadata, arch)
+        genotypes.of_weights(source, metadata, arch, OPERATIONS)
     else:
-        weights = read_supernet(source)
+        recorded, weights = read_supernet(source)
+    if not genotype:
+        space = SearchSpace(**{**(recorded or DARTS_SPACE).as_dict(), **(space or {})})
+        metadata = {'space': space.as_dict()}
+        if recorded:
+            space.check_recorded(source, {'space': recorded.as_dict()})
     try:
         if target.endswith('.npz'):
             weights = from_state_dict(weights)
-        weights = check_discrete(genotype, weights) if genotype else check_supernet(weights)
+        weights = check_discrete(genotype, weights) if genotype else check_supernet(weights, space)
     except UserError as error:
-        raise UserError(f"{source} does not fit {arch or 'a supernet'}: {error}") from None
+        raise UserError(f"{source} does not fit {arch or f'a supernet of {space}'}: {error}") from None
     if target.endswith('.npz'):
         utils.write_file(target, lambda file: checkpoint.write_arrays(file, metadata, weights))
     else:
@@ -197,11 +214,15 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument('--arch', help='genotype of a discrete network: a name in genotypes.py or a genotype.json')
     kind.add_argument('--supernet', action='store_true', help='conversion of the weights of a supernet of the search')
+    utils.add_space_arguments(parser, with_defaults=False)
     parser.add_argument('source', help='file to convert, .pt or .npz')
     parser.add_argument('target', help='file to write, .npz or .pt')
     args = parser.parse_args()
+    space = {name: getattr(args, name) for name in ('primitives', 'nodes') if getattr(args, name) is not None}
+    if space and not args.supernet:
+        parser.error("--primitives and --nodes are those of a supernet: give --supernet")
     try:
-        weights = convert(args.source, args.target, args.arch)
+        weights = convert(args.source, args.target, args.arch, space)
     except OSError as error:
         raise UserError(f"{args.target} cannot be written: {error.strerror or error}") from None
     print(f"{args.target}: {len(weights)} entries, {sum(array.size for array in weights.values()):,} numbers")

@@ -25,6 +25,7 @@ import reader
 import utils
 from engine import checkpoint
 from model import Network, NetworkImageNet, network_of
+from operations import OPERATIONS
 from predict import DESCRIPTION, PROGRAM, Predictor
 from utils import UserError
 
@@ -93,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
 
     metadata, weights = checkpoint.read_weights(args.pretrained)
-    genotype = genotypes.of_weights(args.pretrained, metadata, args.arch)
+    genotype = genotypes.of_weights(args.pretrained, metadata, args.arch, OPERATIONS)
     try:
         network = network_of(genotype, weights, with_training=False)
     except UserError as error:

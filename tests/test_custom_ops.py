@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ import operations
 from engine import custom_ops, trainer
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram, VariableStore
-from genotypes import GENOTYPES, Genotype
+from genotypes import GENOTYPES, Genotype, SearchSpace
 from model import Cell, NetworkCIFAR
 from model_search import Supernet
 from operations import BN_EPSILON, batch_norm, max_pool
@@ -106,7 +107,7 @@ def compare(*arguments, **settings):
 
 
 @pytest.mark.parametrize('reduction', [False, True])
-@pytest.mark.parametrize('name', sorted(custom_ops.OPERATIONS))
+@pytest.mark.parametrize('name', [name for name, entry in operations.OPERATIONS.items() if entry.compiled])
 def test_a_cell_of_one_operation_equals_that_of_paddle(name, reduction):
     # Widths for every vector width, with and without columns beyond the end; heights that are no multiple of a tile.
     sizes = (((4, 4), (8, 6), (8, 8), (6, 14), (32, 32), (4, 34)) if reduction else
@@ -363,6 +364,17 @@ def test_the_flag_switches_them(flag):
     enabled = custom_ops.enabled()
     custom_ops.enable()
     assert enabled == flag
+
+
+def test_a_replaced_operation_is_not_computed_by_the_compiled_cells(monkeypatch):
+    """The compiled operators know the name, but not the new function."""
+    replaced = operations.Operation(partial(operations.SepConv, kernel=5))
+    monkeypatch.setitem(operations.OPERATIONS, 'sep_conv_3x3', replaced)
+    supernet = Supernet(2, 5, 3, image_size=8, space=SearchSpace(('skip_connect', 'sep_conv_3x3'), 2))
+    assert not supernet.compiled and supernet.shapes['cells.0._ops.0._ops.1.op.1.weight'] == (2, 1, 5, 5)
+    assert supernet.gradients(np.ones((2, 3, 8, 8)), np.arange(2)).loss > 0
+    cells = NetworkCIFAR(genotype('sep_conv_3x3', 'max_pool_3x3'), 2, 5, 3, build_programs=False).cells
+    assert not any(cell.compiled for cell in cells)
 
 
 @pytest.mark.parametrize('compiler, reason', [(None, 'no C++ compiler'), ('exit 1', 'could not be compiled')])

@@ -11,8 +11,9 @@ import pytest
 from agreement import assert_all_close, assert_close, scrambled, statistics_of
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram, VariableStore
-from operations import OPERATIONS, drop_path_masks, operation
+from operations import OPERATIONS, Operation, SepConv, check_known, drop_path_masks, operation
 from reference import discrete as reference
+from utils import UserError
 
 
 def run_edge(kind, channels, stride, weights, x, direction, training):
@@ -61,6 +62,13 @@ def test_an_operation_and_its_gradients_equal_the_reference(kind, stride):
         assert_close(result.input_gradient, expected.input_gradient)
         assert_all_close(result.gradients, expected.gradients)
         assert_all_close(result.statistics, expected.statistics if training else statistics_of(weights))
+
+
+@pytest.mark.parametrize('entry', [Operation(SepConv, pool=max), Operation(identity=True)])
+def test_an_entry_that_contradicts_itself_is_refused(monkeypatch, entry):
+    monkeypatch.setitem(OPERATIONS, 'wrong', entry)
+    with pytest.raises(UserError, match=r"OPERATIONS\['wrong'\] needs either"):
+        check_known(['none', 'wrong'])
 
 
 # ---------------------------------------------------------------------------------------------------

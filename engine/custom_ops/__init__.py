@@ -28,10 +28,6 @@ SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell
 HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
 
-# The operations that both compiled cells compute.
-OPERATIONS = {'none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5', 'sep_conv_7x7',
-              'dil_conv_3x3', 'dil_conv_5x5'}
-
 _state = {'enabled': False, 'loaded': False}
 
 
@@ -46,9 +42,8 @@ def enable(wanted: bool = True) -> bool:
     return _state['enabled']
 
 
-def enabled_for(primitives) -> bool:
-    """Whether a supernet of these primitives uses `mixed_cell`; logs why not when the operators are enabled."""
-    missing = [name for name in primitives if name not in OPERATIONS]
+def enabled_for(missing: list[str]) -> bool:
+    """Whether a supernet uses `mixed_cell`; logs why not when only the primitives `missing` prevent it."""
     if enabled() and missing:
         log.info(f"{', '.join(missing)}: not among the compiled operators, so Paddle's own compute the cells of the "
                  "supernet, and steps are slower")
@@ -72,8 +67,8 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
     x0 [N, C0, H0, W0], x1 [N, C1, H, W]: outputs of the two cells before (H0 = 2 * H with reduction_prev).
     running [R]: mean and variance of each normalisation. masks: None, or [N, E, 1, 1], factors of the results of the E
     edges other than identities. weights: a tensor [rows, columns, k, k] for each pair (columns, k), and one [R] with
-    scale and shift of each normalisation; rows in the order in which model.Cell declares them. operations: names from
-    OPERATIONS, two per node; states: the input of each; concat: the states in the output; training: whether to
+    scale and shift of each normalisation; rows in the order in which model.Cell declares them. operations: names that
+    cells.h knows, two per node; states: the input of each; concat: the states in the output; training: whether to
     normalise by the batch and update the running statistics.
     Returns the output [N, len(concat) * channels, H', W'] and the running statistics. Raises ValueError for a height or
     width that a reduction cell cannot halve.
@@ -93,8 +88,8 @@ def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, weig
     """Adds all mixed operations of a supernet cell as one operator; model_search.Cell.batched adds the same function.
 
     x [N, 2 * C, H, W]: both input states; mixing [edges, primitives]: mixing weights; weights: a tensor
-    [rows, columns, k, k] for each pair (columns, k), rows in the order of README.md; primitives: names from OPERATIONS;
-    weight_gradients: False leaves the gradients of the weights 0; epsilon: of the normalisations.
+    [rows, columns, k, k] for each pair (columns, k), rows in the order of README.md; primitives: names that cells.h
+    knows; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the normalisations.
     Returns the nodes [N, nodes * C, H', W'].
     """
     return _add_operator('darts_mixed_cell', {'Inputs@VECTOR': [x, mixing, *weights]}, ['Out', 'Saved', 'Statistics'],

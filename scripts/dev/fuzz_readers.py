@@ -51,6 +51,7 @@ import utils
 from engine import checkpoint, console
 from model import NetworkCIFAR
 from model_search import Supernet
+from operations import OPERATIONS
 from utils import UserError
 
 MAX_SECONDS, MAX_MEMORY = 5, 600           # of computation; MB: a WebP of imagenet_reader.MAX_PIXELS takes 540
@@ -195,8 +196,9 @@ def npz_subjects(folder: Path) -> Iterator[Subject]:
     """Yields checkpoints, weights of a discrete network and of a supernet."""
     supernet, path = Supernet(2, 3, 3, build_programs=False), folder / 'x.npz'
     state = {name: supernet.store.get(name) for name in ('theta', 'alphas')}
-    metadata = {'version': utils.VERSION, 'settings': {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0},
-                'epoch': 1, 'step': 2, 'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
+    settings = {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0, **supernet.space.as_dict()}
+    metadata = {'version': utils.VERSION, 'settings': settings,
+                'epoch'': 1, 'step': 2, 'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
     weights = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False).weights()
     of_weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
                   'mean': [0.5] * 3, 'std': [0.25] * 3}
@@ -212,11 +214,12 @@ def npz_subjects(folder: Path) -> Iterator[Subject]:
 
     def read_weights():
         metadata, weights = checkpoint.read_weights(path)
-        genotype = genotypes.of_weights(path, metadata)
+        genotype = genotypes.of_weights(path, metadata, known=OPERATIONS)
         return metadata, convert_weights.check_discrete(genotype, weights)
 
     def read_supernet():
-        weights = convert_weights.check_supernet(convert_weights.read_supernet(path))
+        space, weights = convert_weights.read_supernet(path)
+        weights = convert_weights.check_supernet(weights, space)
         assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in weights.values())
         return weights
 
@@ -256,7 +259,7 @@ def text_subjects(folder: Path) -> Iterator[Subject]:
     path = folder / 'genotype.json'
 
     def read_genotype():
-        genotype = genotypes.load(path)
+        genotype = genotypes.load(path, OPERATIONS)
         assert genotypes.check(json.loads(genotypes.dumps(genotype))) == genotype
         return genotype
 

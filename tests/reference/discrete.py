@@ -11,6 +11,7 @@ import paddle
 import paddle.nn.functional as F
 
 from engine import custom_ops
+from operations import not_compiled
 from reference.supernet import EPSILON, average_pool
 
 # The part of the running statistics that is kept; like EPSILON, Paddle stores it in single precision.
@@ -172,7 +173,7 @@ class Pass:
     def cell(self, s0, s1, i, reduction_prev, edges, concat, masks):
         preprocess0 = self.factorized_reduce if reduction_prev else self.relu_conv_bn
         states = [preprocess0(s0, f'cells.{i}.preprocess0'), self.relu_conv_bn(s1, f'cells.{i}.preprocess1')]
-        results, by_paddle = [], not custom_ops.OPERATIONS.issuperset(kind for kind, _, _ in edges)
+        results, by_paddle = [], bool(not_compiled(kind for kind, _, _ in edges))
         for n, (kind, state, stride) in enumerate(edges):
             # The average pool of the reference depends on the operators that compute the cell (`average_pool`).
             with custom_ops.disabled() if by_paddle else contextlib.nullcontext():
