@@ -12,6 +12,7 @@ import html
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import genotypes
 import utils
-from genotypes import PRIMITIVES, Genotype
+from genotypes import Genotype, SearchSpace
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,14 @@ KINDS = {'reduce': 'Reduction cell', 'normal': 'Normal cell'}        # in drawin
 COLOURS = {'none': '#999999', 'max_pool_3x3': '#B85C00', 'avg_pool_3x3': '#F0A030', 'skip_connect': '#C2428F',
            'sep_conv_3x3': '#005A96', 'sep_conv_5x5': '#4BA3DE', 'sep_conv_7x7': '#8CC8F0',
            'dil_conv_3x3': '#00785A', 'dil_conv_5x5': '#3DBE94', 'conv_7x1_1x7': '#6650A8'}
+# Colours of all other operations, by their names.
+OTHER_COLOURS = ('#A8323A', '#7A6A00', '#B0468C', '#3F5FA8', '#0F7F8C', '#8A5A3C', '#5E7D2B', '#86489E')
 INK, GREY, PALE, FRAME = '#26323C', '#8A949D', '#C3CAD0', '#DDE2E6'
+
+
+def colour_of(operation: str) -> str:
+    """Returns the colour of an operation, the same in all pictures."""
+    return COLOURS.get(operation) or OTHER_COLOURS[zlib.crc32(operation.encode()) % len(OTHER_COLOURS)]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -107,6 +115,7 @@ def curve(x0: float, y0: float, x1: float, y1: float) -> list:
 INPUT_X, INPUT_Y, INPUT_WIDTH, INPUT_HEIGHT = 46, 28, 62, 28
 PITCH, GAP, RADIUS = 182, 46, 17
 OP_WIDTH, OP_HEIGHT, OP_Y = 92, 22, 23
+OP_NAME_WIDTH = 156                                      # letters times their size in points: what fits into OP_WIDTH
 FIRST_LANE, LANE, MARGIN, ARROW = 52, 17, 14, 7
 
 
@@ -182,10 +191,12 @@ def draw_operation(drawing: Drawing, name: Callable, edge: tuple, node: int, sid
     tip = x - RADIUS * 0.85, y + side * RADIUS * 0.53
     base = tip[0] - ARROW * 0.85, tip[1] + side * ARROW * 0.53
     points += [(right + 4, op_y), (base[0] - 3, base[1] + side * 2), base]
-    colour = COLOURS[operation]
+    colour = colour_of(operation)
     tint = '#' + ''.join(f'{round(255 - 0.14 * (255 - level)):02X}' for level in ImageColor.getrgb(colour))
+    size = min(12, OP_NAME_WIDTH / len(operation))       # in points; longer names get smaller letters
     label = (f'<<TABLE BORDER="1" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0" STYLE="ROUNDED" COLOR="{colour}" '
-             f'BGCOLOR="{tint}"><TR><TD WIDTH="{OP_WIDTH}" HEIGHT="{OP_HEIGHT}">{operation}</TD></TR></TABLE>>')
+             f'BGCOLOR="{tint}"><TR><TD WIDTH="{OP_WIDTH}" HEIGHT="{OP_HEIGHT}"><FONT POINT-SIZE="{size:.1f}">'
+             f'{html.escape(operation)}</FONT></TD></TR></TABLE>>')
     drawing.edge(name(state), name(node + 2), points, tip, color=colour, label=label,
                   lp=f'{(left + right) / 2:.2f},{-op_y:.2f}')
 
@@ -214,7 +225,8 @@ class Epoch(NamedTuple):
     number: int
     top1: float                          # of the validation, a fraction
     genotype: Genotype
-    weights: dict[str, np.ndarray]       # softmax(alpha) by kind of cell, [edges, primitives]
+    weights: dict[str, np.ndarray]       # mixing weights by kind of cell, [edges, primitives]
+    space: SearchSpace
 
 
 def read_history(path: str) -> list[Epoch]:
@@ -226,17 +238,21 @@ def read_history(path: str) -> list[Epoch]:
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    epochs, shape = [], (genotypes.EDGES, len(PRIMITIVES))
+    epochs = []
     for number, text in enumerate(lines, 1):
         try:
             record = json.loads(text)
             if 'best_top1' in record and 'alphas_normal' not in record:
                 raise UserError(f"{path} is the history of a training, which has no alphas; give that of a search")
+            space = SearchSpace.of(record['space']) if 'space' in record else genotypes.DARTS_SPACE      # version 0.1
+            if epochs and space != epochs[0].space:
+                raise ValueError(f"its search space is {space}, that of the lines before {epochs[0].space}")
+            shape = space.edges, len(space.primitives)
             weights = {kind: np.array(record[f'alphas_{kind}'], 'float64') for kind in KINDS}
             if any(table.shape != shape or not np.all((table >= 0) & (table <= 1)) for table in weights.values()):
                 raise ValueError(f"alphas have to be {shape[0]} x {shape[1]} numbers from 0 to 1")
             epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotypes.check(record['genotype']),
-                                weights))
+                                weights, space))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines) and not text.endswith(b'\n'):
                 break                      # the search was writing this line, or was killed while it did
@@ -273,7 +289,7 @@ def animate(epochs: list[Epoch]) -> bytes:
 
 
 def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
-    """Plots softmax(alpha) over the epochs of a search: one panel per edge of both cells, one line per primitive.
+    """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive.
 
     Rows are the states that the edges come from, columns the nodes they lead to. All panels have the same scale.
     Each panel's label is "KIND STATE NODE", each line's label its primitive. Raises UserError without matplotlib.
@@ -282,32 +298,34 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"cannot plot alpha: {error}; install matplotlib with pip install matplotlib") from None
-    numbers, uniform = [epoch.number for epoch in epochs], 1 / len(PRIMITIVES)
+    space, numbers = epochs[0].space, [epoch.number for epoch in epochs]
+    nodes, uniform = space.nodes, 1 / len(space.primitives)
     ticks = sorted({numbers[0], numbers[-1]})
-    figure = Figure(figsize=(3.1 * genotypes.NODES, 1.2 * genotypes.NODES + 2.6), layout='constrained', dpi=144)
-    figure.suptitle(f"softmax(\u03b1), epoch{'s' * (len(ticks) > 1)} {' to '.join(map(str, ticks))}", color=INK)
+    # At least as wide as the legend and as high as two rows of panels with titles.
+    figure = Figure(figsize=(max(7.5, 3.1 * nodes), 1.2 * nodes + 2.6), layout='constrained', dpi=144)
+    figure.suptitle(f"mixing weights, epoch{'s' * (len(ticks) > 1)} {' to '.join(map(str, ticks))}", color=INK)
     panel = None
     for kind, part in zip(KINDS, figure.subfigures(1, len(KINDS), wspace=0.04)):
         part.suptitle(KINDS[kind], fontweight='bold', color=INK)
-        grid = part.add_gridspec(1 + genotypes.NODES, genotypes.NODES)
+        grid = part.add_gridspec(1 + nodes, nodes)
         chosen = {(state, number // 2): operation
                   for number, (operation, state) in enumerate(getattr(epochs[-1].genotype, kind))}
-        edges = ((state, node) for node in range(genotypes.NODES) for state in range(2 + node))     # rows of alpha
+        edges = ((state, node) for node in range(nodes) for state in range(2 + node))     # rows of alpha
         for edge, (state, node) in enumerate(edges):
             panel = part.add_subplot(grid[state, node], sharex=panel, sharey=panel, label=f'{kind} {state} {node}')
             panel.set_title(f'${state_name(state)} \\to {node}$', fontsize=9, color=INK)
             panel.spines[:].set(color=INK if (state, node) in chosen else FRAME, linewidth=1.2)
             table = np.array([epoch.weights[kind][edge] for epoch in epochs])             # [epochs, primitives]
-            for primitive, values in zip(PRIMITIVES, table.T):
+            for primitive, values in zip(space.primitives, table.T):
                 width, size, zorder = (2.6, 5, 3) if primitive == chosen.get((state, node)) else (1.2, 3, 2)
-                panel.plot(numbers, values, label=primitive, color=COLOURS[primitive], linewidth=width, zorder=zorder,
+                panel.plot(numbers, values, label=primitive, color=colour_of(primitive), linewidth=width, zorder=zorder,
                            marker='o', markersize=size, markevery=[-1], clip_on=False)
-            panel.axhline(uniform, color=GREY, linestyle=':', linewidth=1, label=f'1/{len(PRIMITIVES)}')
+            panel.axhline(uniform, color=GREY, linestyle=':', linewidth=1, label=f'1/{len(space.primitives)}')
             panel.set_xticks(ticks, [f'epoch {ticks[0]}', *ticks[1:]])
             panel.tick_params(length=0, labelsize=8, labelcolor=GREY, labelleft=node == max(0, state - 1),
                               labelbottom=state == 1 + node)
     panel.set_ylim(bottom=0 if panel.get_ylim()[0] < 0.25 * uniform else None)
-    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=9, frameon=False, fontsize=9,
+    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=4 if nodes < 3 else 9, frameon=False, fontsize=9,
                            title='dark frame: edge of the last genotype, thick line: its operation', title_fontsize=9)
     for handle in legend.legend_handles:
         handle.set(linewidth=2, marker='')       # the last panel's lines differ in width

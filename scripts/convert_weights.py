@@ -6,8 +6,8 @@
     python scripts/convert_weights.py --supernet search/checkpoint-0050-000000.npz supernet.pt
 
 Both sides use the same names, so the conversion only checks names and shapes, against the network that follows from the
-weights: its kind, channels, cells and classes. An .npz of a supernet and a checkpoint record their search space; for a .pt
---primitives and --nodes give it. Needs torch (pip install torch).
+weights: its kind, channels, cells and classes. An .npz of a supernet and a checkpoint record their search space; for a
+.pt --primitives and --nodes give it. Needs torch (pip install torch).
 """
 from __future__ import annotations
 

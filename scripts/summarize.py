@@ -19,7 +19,7 @@ import visualize  # noqa: E402
 from utils import UserError  # noqa: E402
 
 PICTURES = {'genotype.png': 'both cells', 'networks.gif': 'the search, one frame per epoch',
-            'alphas.png': 'softmax(alpha) over the epochs'}
+            'alphas.png': 'mixing weights over the epochs'}
 
 
 def read_training(path: str) -> list[dict]:

@@ -24,19 +24,19 @@ import utils
 import numpy as np
 
 import genotypes
-from genotypes import NODES, PRIMITIVES, Genotype
+from genotypes import DARTS_SPACE, NONE, Genotype, SearchSpace
 
 PUBLISHED = ('DARTS_PADDLE', 'DARTS_V2')
 
 
-def random_genotype(seed: int) -> Genotype:
+def random_genotype(seed: int, space: SearchSpace = DARTS_SPACE) -> Genotype:
     """Draws a genotype uniformly from the search space: two different states per node, any operation except none."""
-    rng = np.random.default_rng(seed)
+    rng, operations = np.random.default_rng(seed), [name for name in space.primitives if name != NONE]
 
     def cell():
-        return tuple((str(rng.choice(PRIMITIVES[1:])), int(state))
-                     for node in range(NODES) for state in sorted(rng.choice(2 + node, 2, replace=False)))
-    concat = tuple(range(2, 2 + NODES))
+        return tuple((str(rng.choice(operations)), int(state))
+                     for node in range(space.nodes) for state in sorted(rng.choice(2 + node, 2, replace=False)))
+    concat = tuple(range(2, 2 + space.nodes))
     return Genotype(cell(), concat, cell(), concat)
 
 

@@ -13,7 +13,7 @@ import paddle
 import paddle.nn.functional as F
 
 import operations
-from genotypes import EDGES, PRIMITIVES
+from genotypes import DARTS_SPACE
 from reference import supernet
 
 
@@ -22,7 +22,7 @@ class EdgeByEdge:
 
     def __init__(self, channels: int, classes: int, layers: int):
         shapes = supernet.weight_shapes(channels, classes, layers)
-        shapes.update({name: (EDGES, len(PRIMITIVES)) for name in ('alphas_normal', 'alphas_reduce')})
+        shapes.update({name: (DARTS_SPACE.edges, len(DARTS_SPACE.primitives)) for name in ('alphas_normal', 'alphas_reduce')})
         self.program = paddle.static.Program()
         with paddle.static.program_guard(self.program, paddle.static.Program()):
             images = paddle.static.data('images', [None, 3, 32, 32], 'float32')

@@ -198,7 +198,7 @@ def npz_subjects(folder: Path) -> Iterator[Subject]:
     state = {name: supernet.store.get(name) for name in ('theta', 'alphas')}
     settings = {'init_channels': 2, 'class_num': 3, 'layers': 3, 'seed': 0, **supernet.space.as_dict()}
     metadata = {'version': utils.VERSION, 'settings': settings,
-                'epoch'': 1, 'step': 2, 'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
+                'epoch': 1, 'step': 2, 'meter': vars(checkpoint.Meter(1.5, 2, 3, 4, 5.0))}
     weights = NetworkCIFAR(genotypes.DARTS_V2, 2, 3, 3, auxiliary=0.4, build_programs=False).weights()
     of_weights = {'genotype': genotypes.DARTS_V2._asdict(), 'dataset': 'x', 'class_names': ['a', 'b', 'c'],
                   'mean': [0.5] * 3, 'std': [0.25] * 3}
