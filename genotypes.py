@@ -56,12 +56,12 @@ class SearchSpace:
     @property
     def edges(self) -> int:
         """The number of edges of a cell: 14 with 4 nodes."""
-        return sum(2 + node for node in range(self.nodes))
+        return self.nodes * (self.nodes + 3) // 2
 
     @property
     def first_edges(self) -> tuple[int, ...]:
         """The first edge of each node: the edge from state j to node i is first_edges[i] + j."""
-        return tuple(sum(2 + n for n in range(node)) for node in range(self.nodes))
+        return tuple(node * (node + 3) // 2 for node in range(self.nodes))
 
     @property
     def state_groups(self) -> tuple[tuple[int, ...], ...]:

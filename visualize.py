@@ -42,7 +42,7 @@ COLOURS = {'none': '#999999', 'max_pool_3x3': '#B85C00', 'avg_pool_3x3': '#F0A03
            'sep_conv_3x3': '#005A96', 'sep_conv_5x5': '#4BA3DE', 'sep_conv_7x7': '#8CC8F0',
            'dil_conv_3x3': '#00785A', 'dil_conv_5x5': '#3DBE94', 'conv_7x1_1x7': '#6650A8'}
 # Colours of all other operations, by their names.
-OTHER_COLOURS = ('#A8323A', '#7A6A00', '#B0468C', '#3F5FA8', '#0F7F8C', '#8A5A3C', '#5E7D2B', '#86489E')
+OTHER_COLOURS = ('#A8323A', '#7A6A00', '#3A4FB0', '#008C8C', '#5A3010', '#8A00B0')
 INK, GREY, PALE, FRAME = '#26323C', '#8A949D', '#C3CAD0', '#DDE2E6'
 
 
@@ -251,8 +251,8 @@ def read_history(path: str) -> list[Epoch]:
             weights = {kind: np.array(record[f'alphas_{kind}'], 'float64') for kind in KINDS}
             if any(table.shape != shape or not np.all((table >= 0) & (table <= 1)) for table in weights.values()):
                 raise ValueError(f"alphas have to be {shape[0]} x {shape[1]} numbers from 0 to 1")
-            epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotypes.check(record['genotype']),
-                                weights, space))
+            genotype = genotypes.check(record['genotype'], space.primitives)
+            epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotype, weights, space))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines) and not text.endswith(b'\n'):
                 break                      # the search was writing this line, or was killed while it did
@@ -325,8 +325,9 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
             panel.tick_params(length=0, labelsize=8, labelcolor=GREY, labelleft=node == max(0, state - 1),
                               labelbottom=state == 1 + node)
     panel.set_ylim(bottom=0 if panel.get_ylim()[0] < 0.25 * uniform else None)
-    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=4 if nodes < 3 else 9, frameon=False, fontsize=9,
-                           title='dark frame: edge of the last genotype, thick line: its operation', title_fontsize=9)
+    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=4 if nodes < 3 else 9, frameon=False,
+                           fontsize=9, title='dark frame: edge of the last genotype, thick line: its operation',
+                           title_fontsize=9)
     for handle in legend.legend_handles:
         handle.set(linewidth=2, marker='')       # the last panel's lines differ in width
     return figure

@@ -24,7 +24,7 @@ IMAGES = 4                                 # per batch, over both ranks
 def make_supernet():
     """Returns a small supernet whose mixing weights are far from equal."""
     supernet = Supernet(channels=2, classes=5, layers=3, dtype='float64', image_size=8)
-    supernet.store.set('alphas', np.random.default_rng(1).normal(size=(2, 14, 8)))
+    supernet.store.set('alphas', np.random.default_rng(1).normal(size=supernet.store.get('alphas').shape))
     return supernet
 
 

@@ -53,7 +53,8 @@ def write_npz(path, weights, metadata=None):
 def write_search_checkpoint(path, **changes):
     """Writes a checkpoint as of train_search.py with changed vectors or settings (None: removed); returns its path."""
     state = {**SUPERNET.store.state(), 'velocity': np.zeros(SUPERNET.size, 'float32'), 'adam_steps': np.array(3)}
-    settings = {'init_channels': CHANNELS, 'class_num': CLASSES, 'layers': 3, 'batch_size': 64}
+    settings = {'init_channels': CHANNELS, 'class_num': CLASSES, 'layers': 3, 'batch_size': 64,
+                **SUPERNET.space.as_dict()}
     for name, value in changes.items():
         (state if name in state else settings)[name] = value
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -238,7 +239,8 @@ UNFIT = {
 
 @pytest.mark.parametrize('arch', UNFIT)
 def test_weights_that_do_not_fit(tmp_path, arch):
-    fitting, network = discrete_weights() if arch else supernet_weights(), arch or 'a supernet'
+    fitting = discrete_weights() if arch else supernet_weights()
+    network = arch or f'a supernet of {genotypes.DARTS_SPACE}'
     for change, *reasons in UNFIT[arch]:
         source = write_npz(tmp_path / 'source.npz', change(fitting))
         assert_refused(source, tmp_path / 'target.pt', arch, f'{source} does not fit {network}: ', *reasons)
@@ -282,12 +284,17 @@ def test_an_npz_that_holds_no_weights(tmp_path):
 
 def test_checkpoints_of_other_runs(tmp_path):
     source, target = write_search_checkpoint(tmp_path / 'checkpoint.npz'), tmp_path / 'target.pt'
-    assert_same(convert_weights.read_supernet(source), supernet_weights())
+    space, weights = convert_weights.read_supernet(source)
+    assert space == genotypes.DARTS_SPACE
+    assert_same(weights, supernet_weights())
     assert_refused(source, target, 'DARTS_PADDLE', source, 'checkpoint', 'best.npz')
     for change, reason in (
             ({'theta': np.zeros(5, 'float32')}, ''), ({'alphas': np.zeros((2, 14, 7), 'float32')}, '[2, 14, 7]'),
             ({'layers': None}, 'layers'), ({'class_num': None}, 'class_num'), ({'init_channels': 'many'}, ''),
-            ({'layers': 4}, 'theta'), ({'layers': 10 ** 7}, 'larger supernet'),
+            ({'layers': 4}, 'with init_channels'), ({'nodes': 3}, '[2, 14, 8]'), ({'nodes': 10 ** 15}, '[2, 14, 8]'),
+            ({'primitives': ['none']}, 'none'), ({'primitives': None}, 'primitives'),
+            ({'primitives': [*genotypes.DARTS_SPACE.primitives[:-1], 'conv_9x9']}, 'conv_9x9'),
+            ({'layers': 10 ** 7}, 'larger supernet'),
             ({'init_channels': 10 ** 7}, 'larger supernet'), ({'class_num': 10 ** 7}, 'larger supernet')):
         write_search_checkpoint(source, **change)
         assert_refused(source, target, None, f'{source} is not a checkpoint of a search: ', reason)

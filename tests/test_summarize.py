@@ -44,7 +44,7 @@ def test_the_summary_has_cells_accuracies_and_existing_pictures(folder):
     assert 'training    2 epochs, test top-1 68.8 %, 87.5 % in the best epoch' in lines
     assert 'genotype    q/search/genotype.json' in lines and 'weights     q/train/last.npz' in lines
     assert [line for line in lines if line.startswith('picture')] == [
-        'picture     q/pictures/alphas.png: softmax(alpha) over the epochs']
+        'picture     q/pictures/alphas.png: mixing weights over the epochs']
     assert f'source {os.path.dirname(sys.executable)}/activate' in lines
 
 

@@ -82,12 +82,15 @@ def test_the_loss_falls_and_all_results_are_written(finished):
 
 def test_log_lines(finished):
     script, folder, output = finished
-    device, size, *lines = output.splitlines()
+    device, *lines = output.splitlines()
     assert re.fullmatch(r'device: CPU \(\d+ cores\), Paddle \d+\.\d+\.\d+', device)
     if script == SEARCH:
+        assert lines.pop(0) == f'search space: 4 nodes, {",".join(genotypes.DARTS_SPACE.primitives)}'
+    size = lines.pop(0)
+    if script == SEARCH:
         assert re.fullmatch(r'param size = 0\.\d{6}MB', size)
-        for expected in ('softmax of alphas_normal', 'softmax of alphas_reduce', 'genotype = Genotype(normal=((',
-                         'epoch 2: validation loss'):
+        for expected in ('mixing weights of alphas_normal', 'mixing weights of alphas_reduce',
+                         'genotype = Genotype(normal=((', 'epoch 2: validation loss'):
             assert f'\n{expected}' in output
     else:
         network = network_of(genotypes.DARTS_PADDLE, checkpoint.read_weights(folder / 'last.npz')[1])

@@ -21,6 +21,7 @@ import visualize
 
 pytestmark = pytest.mark.paddle_free
 TABLES = np.random.default_rng(0).normal(size=(50, 2, 14, 8))            # alphas of 50 epochs
+PRIMITIVES = genotypes.DARTS_SPACE.primitives
 needs_dot = pytest.mark.skipif(not shutil.which('dot'), reason="Graphviz's dot is not installed")
 
 
@@ -76,7 +77,7 @@ def check_cell(kind, cell, concat, nodes, edges):
         assert np.hypot(*edge['tip'] - edge['curve'][-1]) < 9
         if edge['text']:
             place, size = np.array(edge['lp'].split(','), float), np.array([visualize.OP_WIDTH, visualize.OP_HEIGHT])
-            assert np.hypot(*(edge['curve'] - place).T).min() < 2 and edge['color'] == visualize.COLOURS[edge['text']]
+            assert np.hypot(*(edge['curve'] - place).T).min() < 2 and edge['color'] == visualize.colour_of(edge['text'])
             twice = [(other['tail'], other['head']) for other in edges].count((edge['tail'], edge['head'])) > 1
             above, state = place[1] > nodes[edge['head']]['at'][1], edge['tail'][-1]
             assert twice or state not in '01' or above == (state == '0'), 'c_{k-2} has to be above, c_{k-1} below'
@@ -111,17 +112,83 @@ def test_unused_states_are_dashed():
 
 
 def test_operations_have_distinguishable_colours():
-    assert set(visualize.COLOURS) == {'none', *genotypes.OPERATIONS}
-    colours = np.array([getrgb(colour) for colour in visualize.COLOURS.values()])
-    assert min(np.abs(a - b).max() for a, b in itertools.combinations(colours, 2)) > 50
+    assert set(visualize.COLOURS) >= {operation for genotype in genotypes.GENOTYPES.values()
+                                      for operation, _ in (*genotype.normal, *genotype.reduce)} | {genotypes.NONE}
+    for colours in (visualize.COLOURS.values(), visualize.OTHER_COLOURS):
+        colours = np.array([getrgb(colour) for colour in colours])
+        assert min(np.abs(a - b).max() for a, b in itertools.combinations(colours, 2)) > 50
+    # A line in the colour is visible on white, and a new operation keeps its colour.
+    assert max(np.mean(getrgb(colour)) for colour in visualize.OTHER_COLOURS) < 140
+    assert visualize.colour_of('conv_1x1') == visualize.colour_of('conv_1x1') != visualize.colour_of('conv_3x3')
 
 
-def history_lines(tables):
-    """Returns the lines of a search's history.jsonl for alphas [epochs, 2, 14, 8]."""
+def softmax(alphas):
+    weights = np.exp(alphas - alphas.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def history_lines(tables, space=genotypes.DARTS_SPACE):
+    """Returns the lines of a search's history.jsonl for alphas [epochs, 2, edges, primitives].
+
+    Lines of the default space do not record it, as those of version 0.1.
+    """
     return [json.dumps({
-        'epoch': number, 'valid_top1': 0.1 * number, 'genotype': genotypes.derive(normal, reduce)._asdict(),
-        'alphas_normal': genotypes.softmax(normal).tolist(), 'alphas_reduce': genotypes.softmax(reduce).tolist(),
-    }) + '\n' for number, (normal, reduce) in enumerate(tables, 1)]
+        'epoch': number, 'valid_top1': 0.1 * number, 'genotype': genotypes.derive(space, normal, reduce)._asdict(),
+        'alphas_normal': normal.tolist(), 'alphas_reduce': reduce.tolist(),
+        **({} if space is genotypes.DARTS_SPACE else {'space': space.as_dict()}),
+    }) + '\n' for number, (normal, reduce) in enumerate(softmax(np.asarray(tables)), 1)]
+
+
+@needs_dot
+@pytest.mark.parametrize('nodes', [1, 3, 5])
+def test_cells_of_other_sizes_with_none_and_long_names(nodes):
+    name = 'a_new_operation_with_a_long_name_5x5'
+    cell, concat = ([['none', 0], [name, 1]] * nodes), list(range(2, 2 + nodes))
+    drawing = visualize.draw_genotype(genotypes.Genotype(cell, concat, cell, concat), 'title')
+    nodes_drawn, edges = layout(drawing)
+    for kind in visualize.KINDS:
+        check_cell(kind, cell, concat, nodes_drawn, edges)
+    colours = {edge['text']: edge['color'] for edge in edges if edge['text']}
+    assert colours == {'none': visualize.COLOURS['none'], name: visualize.colour_of(name)}
+    sizes = {size for size in re.findall(r'POINT-SIZE="([0-9.]+)"', drawing.graph.source)}
+    assert sizes == {'12.0', f'{visualize.OP_NAME_WIDTH / len(name):.1f}'}
+
+
+def test_the_longest_names_fit_into_their_boxes():
+    """Measured with a font that is at least as wide as Helvetica."""
+    from matplotlib.textpath import TextPath
+    for name in (*visualize.COLOURS, 'a_new_operation_with_a_long_name_5x5'):
+        size = min(12, visualize.OP_NAME_WIDTH / len(name))
+        assert TextPath((0, 0), name, size=size).get_extents().width < visualize.OP_WIDTH
+
+
+OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1), genotypes.SearchSpace((*PRIMITIVES, 'new'), 3),
+                genotypes.SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), 5)]
+
+
+@pytest.mark.parametrize('space', OTHER_SPACES, ids=str)
+def test_a_search_of_another_space(tmp_path, run, monkeypatch, space):
+    tables = np.random.default_rng(1).normal(size=(3, 2, space.edges, len(space.primitives)))
+    (tmp_path / 'history.jsonl').write_text(''.join(history_lines(tables, space)))
+    epochs = visualize.read_history(str(tmp_path / 'history.jsonl'))
+    figure = visualize.draw_alphas(epochs)
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*space.primitives, f'1/{len(space.primitives)}']
+    assert [line.get_color() for line in legend.legend_handles][:-1] == [*map(visualize.colour_of, space.primitives)]
+    for kind, part in zip(visualize.KINDS, figure.subfigs):
+        assert len(part.axes) == space.edges
+        table = np.array([epoch.weights[kind][-1] for epoch in epochs])
+        assert (np.array([line.get_ydata() for line in part.axes[-1].lines[:-1]]) == table.T).all()
+    monkeypatch.setattr(visualize, 'animate', lambda epochs: b'')
+    assert run(tmp_path)[0] == 0 and (tmp_path / 'alphas.pdf').read_bytes().startswith(b'%PDF')
+
+
+def test_lines_of_different_spaces_are_refused(tmp_path, run):
+    tables = np.zeros((1, 2, 5, 3))
+    spaces = [genotypes.SearchSpace(('none', 'skip_connect', name), 2) for name in ('sep_conv_3x3', 'sep_conv_5x5')]
+    lines = [line for space in spaces for line in history_lines(tables, space)]
+    (tmp_path / 'history.jsonl').write_text(''.join(lines))
+    assert_one_line(run(tmp_path), 'line 2', '2 nodes, none,skip_connect,sep_conv_5x5', 'connect,sep_conv_3x3')
 
 
 @needs_dot
@@ -154,7 +221,7 @@ def test_durations_of_short_and_long_searches(monkeypatch, epochs, durations):
     Image.new('RGB', (80, 40)).save(file, 'PNG')
     monkeypatch.setattr(visualize.Drawing, 'render', lambda *_: file.getvalue())
     monkeypatch.setattr(Image.Image, 'save', lambda *_, **options: saved.update(options))
-    visualize.animate([visualize.Epoch(1, 0.5, genotypes.DARTS_V2, {})] * epochs)
+    visualize.animate([visualize.Epoch(1, 0.5, genotypes.DARTS_V2, {}, genotypes.DARTS_SPACE)] * epochs)
     assert saved['duration'] == durations and len(saved['append_images']) == epochs - 1
 
 
@@ -166,14 +233,14 @@ def test_the_chart_has_the_values_of_alpha(tmp_path, monkeypatch, run, epochs, s
     monkeypatch.setattr(visualize, 'animate', lambda epochs: b'')
     assert run(tmp_path, '--format', 'png')[0] == 0
     image = Image.open(tmp_path / 'alphas.png').convert('RGB')
-    colours = [visualize.COLOURS[primitive] for primitive in genotypes.PRIMITIVES]
+    colours = [visualize.COLOURS[primitive] for primitive in PRIMITIVES]
     assert {colour for _, colour in image.getcolors(image.width * image.height)} >= set(map(getrgb, colours))
     figure, values = figures[0], np.array([list(epoch.weights.values()) for epoch in history])
     ((low, high), (left, right)), = {(axes.get_ylim(), axes.get_xlim()) for axes in figure.axes}
     assert low <= values.min() and values.max() <= high and left < 1 and epochs < right and (low == 0) == (spread == 3)
-    assert figure.get_suptitle() == 'softmax(\u03b1), ' + ('epoch 1' if epochs == 1 else f'epochs 1 to {epochs}')
+    assert figure.get_suptitle() == 'mixing weights, ' + ('epoch 1' if epochs == 1 else f'epochs 1 to {epochs}')
     legend, = figure.legends
-    assert [name.get_text() for name in legend.get_texts()] == [*genotypes.PRIMITIVES, '1/8']
+    assert [name.get_text() for name in legend.get_texts()] == [*PRIMITIVES, '1/8']
     assert [line.get_color() for line in legend.legend_handles] == [*colours, visualize.GREY]
     for kind, part, title in zip(('reduce', 'normal'), figure.subfigs, ('Reduction cell', 'Normal cell')):
         assert part.get_suptitle() == title and len(part.axes) == 14
@@ -194,7 +261,7 @@ def test_the_chart_has_the_values_of_alpha(tmp_path, monkeypatch, run, epochs, s
             table = np.array([epoch.weights[kind][edge] for epoch in history])
             assert (np.array([line.get_ydata() for line in lines]) == table.T).all()
             for operation in operations:                                   # drawn on top, so its last point is visible
-                x, y = panel.transData.transform((epochs, table[-1, genotypes.PRIMITIVES.index(operation)])).astype(int)
+                x, y = panel.transData.transform((epochs, table[-1, PRIMITIVES.index(operation)])).astype(int)
                 assert image.getpixel((int(x), image.height - int(y))) == getrgb(visualize.COLOURS[operation])
 
 
@@ -216,6 +283,7 @@ GOOD, = history_lines(np.zeros((1, 2, 14, 8)))
         ('the history of a training', '{"epoch": 1, "test_top1": 0.5, "best_top1": 0.5}\n'),
         ('line 1 is not an epoch of a search', GOOD[:100] + '\n' + GOOD), ('line 1', GOOD.replace('0.125, ', '', 1)),
         ('have to be 14 x 8 numbers', GOOD.replace('0.125', 'NaN', 1)), ('line 1', GOOD.replace('0.125', '"x"', 1)),
+        ('no search space', GOOD.replace('{', '{"space": {"nodes": 4}, ', 1)),
         ('conv_9x9', GOOD.replace('max_pool_3x3', 'conv_9x9', 1)), ('is missing', GOOD.replace('valid_top1', 'x'))]),
     ('genotype.json', 'holds no genotype', '{"normal": ['), ('other.txt', 'holds no genotype', ''),
     ('DARTS_V3', 'give one of AmoebaNet, DARTS, DARTS_PADDLE', None), ('.', 'give the folder of a search', None),

@@ -10,7 +10,7 @@ import genotypes
 import train_search
 import utils
 from engine import dashboard
-from genotypes import PRIMITIVES
+from genotypes import DARTS_SPACE
 from runs import assert_one_line, history, run_in_process
 from tiny_runs import Crash, tiny_search
 
@@ -35,10 +35,10 @@ def test_skip_connects_counts_those_of_the_normal_cell():
 def alphas_with(skips):
     """Returns alpha [2, 14, 8] whose normal cell has `skips` skip_connect and whose reduction cell has eight."""
     table = np.zeros((2, 14, 8), 'float32')
-    table[1, :, PRIMITIVES.index('skip_connect')] = 2
-    chosen = [first + state for first in genotypes.FIRST_EDGE for state in (0, 1)]
+    table[1, :, DARTS_SPACE.primitives.index('skip_connect')] = 2
+    chosen = [first + state for first in DARTS_SPACE.first_edges for state in (0, 1)]
     for number, edge in enumerate(chosen):
-        table[0, edge, PRIMITIVES.index('skip_connect' if number < skips else 'sep_conv_3x3')] = 1
+        table[0, edge, DARTS_SPACE.primitives.index('skip_connect' if number < skips else 'sep_conv_3x3')] = 1
     return table
 
 
@@ -154,7 +154,7 @@ def test_the_curves_equal_the_history(uninterrupted):
         assert read[f'epoch/{name}', ''] == [(k, pytest.approx(line[name])) for k, line in enumerate(lines, 1)]
     for kind in ('normal', 'reduce'):
         for edge, tag in ((0, '0 to 2'), (7, '2 to 4'), (13, '4 to 5')):
-            for number, operation in enumerate(PRIMITIVES):
+            for number, operation in enumerate(DARTS_SPACE.primitives):
                 assert read[f'alphas_{kind}/{tag}', operation] == [
                     (k, pytest.approx(line[f'alphas_{kind}'][edge][number])) for k, line in enumerate(lines, 1)]
     assert len([tag for tag, _ in read if tag.startswith('alphas_')]) == 2 * 14 * 8

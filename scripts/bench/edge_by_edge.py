@@ -22,7 +22,8 @@ class EdgeByEdge:
 
     def __init__(self, channels: int, classes: int, layers: int):
         shapes = supernet.weight_shapes(channels, classes, layers)
-        shapes.update({name: (DARTS_SPACE.edges, len(DARTS_SPACE.primitives)) for name in ('alphas_normal', 'alphas_reduce')})
+        for name in ('alphas_normal', 'alphas_reduce'):
+            shapes[name] = DARTS_SPACE.edges, len(DARTS_SPACE.primitives)
         self.program = paddle.static.Program()
         with paddle.static.program_guard(self.program, paddle.static.Program()):
             images = paddle.static.data('images', [None, 3, 32, 32], 'float32')

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from genotypes import EDGES, FIRST_EDGE, NODES, PRIMITIVES
+from genotypes import DARTS_SPACE as SPACE
 
 
 # Operations: [N, C, H, W] -> [N, C, H / stride, W / stride]
@@ -97,14 +97,14 @@ class MixedOp(nn.Module):
         super().__init__()
         # none contributes zero to the sum; its placeholder keeps the numbers in the names of the other operations.
         self._ops = nn.ModuleList([nn.Identity()])
-        for name in PRIMITIVES[1:]:
+        for name in SPACE.primitives[1:]:
             op = operation(name, channels, stride, affine=False)
             if 'pool' in name:
                 op = nn.Sequential(op, nn.BatchNorm2d(channels, affine=False))
             self._ops.append(op)
 
     def forward(self, x, weights):
-        """weights: the softmax of alpha, [8]."""
+        """weights: the softmax of alpha, [primitives]."""
         return add([weight * op(x) for weight, op in list(zip(weights.unbind(), self._ops))[1:]])
 
 
@@ -118,13 +118,13 @@ class MixedCell(nn.Module):
         self.preprocess0 = preprocess0(c_prev_prev, channels, affine=False)
         self.preprocess1 = relu_conv_bn(c_prev, channels, affine=False)
         self._ops = nn.ModuleList(MixedOp(channels, 2 if reduction and state < 2 else 1)
-                                  for node in range(NODES) for state in range(2 + node))
+                                  for node in range(SPACE.nodes) for state in range(2 + node))
 
     def forward(self, s0, s1, weights):
-        """weights: the softmax of alpha of all edges, [14, 8]."""
+        """weights: the softmax of alpha of all edges, [edges, primitives]."""
         weights = weights.unbind()
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        for first in FIRST_EDGE:
+        for first in SPACE.first_edges:
             states.append(add([self._ops[first + j](x, weights[first + j]) for j, x in enumerate(states)]))
         return torch.cat(states[2:], dim=1)
 
@@ -132,8 +132,8 @@ class MixedCell(nn.Module):
 class Supernet(nn.Module):
     """Images [N, 3, H, W] -> logits [N, classes]; channels: C of the first cell; layers: number of cells, at least 3.
 
-    alphas_normal and alphas_reduce [14, 8] require gradients, but are neither in parameters() nor in state_dict(). They
-    change device and type with the network.
+    alphas_normal and alphas_reduce [edges, primitives] require gradients, but are neither in parameters() nor in
+    state_dict(). They change device and type with the network.
     """
 
     def __init__(self, channels, classes, layers):
@@ -146,10 +146,10 @@ class Supernet(nn.Module):
             if reduction:
                 channels *= 2
             self.cells.append(MixedCell(c_prev_prev, c_prev, channels, reduction, reduction_prev))
-            c_prev_prev, c_prev, reduction_prev = c_prev, NODES * channels, reduction
+            c_prev_prev, c_prev, reduction_prev = c_prev, SPACE.nodes * channels, reduction
         self.classifier = nn.Linear(c_prev, classes)
         self.alphas_normal, self.alphas_reduce = (
-            (1e-3 * torch.randn(EDGES, len(PRIMITIVES))).requires_grad_() for _ in range(2))
+            (1e-3 * torch.randn(SPACE.edges, len(SPACE.primitives))).requires_grad_() for _ in range(2))
 
     def alphas(self):
         return [self.alphas_normal, self.alphas_reduce]
@@ -189,7 +189,7 @@ class Architect:
         self.adam.step()
 
     def gradient(self, train, valid):
-        """Returns d_alpha, [normal [14, 8], reduce [14, 8]], without the weight decay of alpha."""
+        """Returns d_alpha, [normal, reduce], each [edges, primitives], without the weight decay of alpha."""
         alphas = self.network.alphas()
         if not self.unrolled:
             return list(self._gradients(valid, alphas))
