@@ -15,7 +15,7 @@ from engine import checkpoint, custom_ops
 from genotypes import DARTS_SPACE, SearchSpace
 from model_search import Supernet
 from operations import BatchNorm, Operation, conv
-from runs import assert_equal_runs, assert_one_line, history, last_checkpoint, output_of, run_in_process
+from runs import assert_equal_runs, assert_one_line, checkpoint_names, history, output_of, run_in_process
 from tiny_runs import Crash, tiny_search
 from utils import UserError
 
@@ -76,8 +76,8 @@ def test_a_new_operation_is_searched_derived_trained_drawn_and_converted(tmp_pat
     assert output.count('conv_1x1: not among the compiled operators') == custom_ops.enabled()
     assert '(1.3863 undecided, 0 decided)' in output
     assert json.loads((run / 'args.json').read_text())['primitives'] == list(SPACE.primitives)
-    settings, state = last_checkpoint(run)[1:]
-    assert (settings['settings']['primitives'], settings['settings']['nodes']) == (list(SPACE.primitives), 3)
+    metadata, state = checkpoint.read_checkpoint(str(run / checkpoint_names(run)[-1]))
+    assert [metadata['settings'][name] for name in ('primitives', 'nodes')] == [list(SPACE.primitives), 3]
     assert state['alphas'].shape == (2, 9, 4)
     line, = history(run)
     assert line['space'] == SPACE.as_dict() and np.shape(line['alphas_reduce']) == (9, 4)
