@@ -325,7 +325,9 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
             panel.tick_params(length=0, labelsize=8, labelcolor=GREY, labelleft=node == max(0, state - 1),
                               labelbottom=state == 1 + node)
     panel.set_ylim(bottom=0 if panel.get_ylim()[0] < 0.25 * uniform else None)
-    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=4 if nodes < 3 else 9, frameon=False,
+    widths = [0.5 + 0.08 * len(line.get_label()) for line in panel.lines]          # of entries of the legend, in inches
+    columns = len(widths) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
+    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=max(1, columns), frameon=False,
                            fontsize=9, title='dark frame: edge of the last genotype, thick line: its operation',
                            title_fontsize=9)
     for handle in legend.legend_handles:

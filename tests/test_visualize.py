@@ -162,7 +162,7 @@ def test_the_longest_names_fit_into_their_boxes():
         assert TextPath((0, 0), name, size=size).get_extents().width < visualize.OP_WIDTH
 
 
-OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1), genotypes.SearchSpace((*PRIMITIVES, 'new'), 3),
+OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1), genotypes.SearchSpace((*PRIMITIVES, 'a_new_operation'), 3),
                 genotypes.SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), 5)]
 
 
@@ -173,6 +173,8 @@ def test_a_search_of_another_space(tmp_path, run, monkeypatch, space):
     epochs = visualize.read_history(str(tmp_path / 'history.jsonl'))
     figure = visualize.draw_alphas(epochs)
     legend, = figure.legends
+    figure.savefig(io.BytesIO())
+    assert 0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= figure.bbox.width
     assert [text.get_text() for text in legend.get_texts()] == [*space.primitives, f'1/{len(space.primitives)}']
     assert [line.get_color() for line in legend.legend_handles][:-1] == [*map(visualize.colour_of, space.primitives)]
     for kind, part in zip(visualize.KINDS, figure.subfigs):
