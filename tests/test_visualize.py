@@ -162,7 +162,8 @@ def test_the_longest_names_fit_into_their_boxes():
         assert TextPath((0, 0), name, size=size).get_extents().width < visualize.OP_WIDTH
 
 
-OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1), genotypes.SearchSpace((*PRIMITIVES, 'a_new_operation'), 3),
+OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1),
+                genotypes.SearchSpace((*PRIMITIVES, 'a_new_operation'), 3),
                 genotypes.SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), 5)]
 
 
