@@ -9,6 +9,7 @@ convolution becomes a grouped one.
 """
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -18,9 +19,10 @@ import engine  # noqa: F401  before paddle
 import paddle
 import paddle.nn.functional as F
 
+import utils
 from engine.parameters import FlatParameters, ParameterGroup
 from engine.programs import constant
-from genotypes import NONE
+from genotypes import DARTS_SPACE, NONE, SearchSpace
 from utils import UserError
 
 BN_EPSILON = 1e-5
@@ -283,6 +285,28 @@ def check_known(names: Iterable[str]) -> None:
         if entry.build and entry.pool or entry.identity and not entry.build:
             raise UserError(f"operations.OPERATIONS[{name!r}] needs either `build` or `pool`, and `build` for stride 2 "
                             "if it is the identity")
+
+
+def add_arguments(parser: argparse.ArgumentParser, with_defaults: bool = True) -> None:
+    """Adds --primitives and --nodes, the fields of a genotypes.SearchSpace; without defaults, None when not given."""
+    default = DARTS_SPACE.as_dict() if with_defaults else {}
+    names = ','.join(default.get('primitives', ()))
+    parser.add_argument('--primitives', type=primitive_names, default=default.get('primitives'), metavar='A,B,...',
+                        help="operations on every edge, in the order of the columns of alpha, from "
+                             f"{', '.join(OPERATIONS)} ({names or 'those of the file'})")
+    parser.add_argument('--nodes', type=utils.number(int, 1, 100), default=default.get('nodes'),
+                        help=f"number of intermediate nodes of a cell ({default.get('nodes', 'that of the file')})")
+
+
+def primitive_names(text: str) -> list[str]:
+    """Parses the value of --primitives, names of operations with commas between them."""
+    names = [name.strip() for name in text.split(',')]
+    try:
+        check_known(names)
+        SearchSpace(tuple(names))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return names
 
 
 def not_compiled(names: Iterable[str]) -> list[str]:

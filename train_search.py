@@ -15,6 +15,7 @@ import math
 import os
 
 import genotypes
+import operations
 import reader
 import utils
 from architect import Architect
@@ -42,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--arch_weight_decay', type=utils.number(float, 0), default=1e-3, help='L2 decay of alpha (%(default)s)')
     add('--unrolled', type=utils.boolean, default=True,
         help='second-order (True) or first-order (False) gradient of alpha (%(default)s)')
-    utils.add_space_arguments(parser)
+    operations.add_arguments(parser)
     add('--stop_at_skips', type=utils.number(int, 1), metavar='N',
         help='number of skip_connect in the normal cell that ends the search; genotype.json is then the last genotype '
              'with fewer (no limit)')

@@ -131,32 +131,6 @@ def check_training_arguments(parser: Parser, args: argparse.Namespace) -> argpar
     return args
 
 
-def add_space_arguments(parser: argparse.ArgumentParser, with_defaults: bool = True) -> None:
-    """Adds --primitives and --nodes, the fields of a genotypes.SearchSpace; without defaults, None when not given."""
-    from genotypes import DARTS_SPACE
-    from operations import OPERATIONS
-    default = DARTS_SPACE.as_dict() if with_defaults else {}
-    names = ','.join(default.get('primitives', ()))
-    parser.add_argument('--primitives', type=primitive_names, default=default.get('primitives'), metavar='A,B,...',
-                        help="operations on every edge, in the order of the columns of alpha, from "
-                             f"{', '.join(OPERATIONS)} ({names or 'those of the file'})")
-    parser.add_argument('--nodes', type=number(int, 1, 100), default=default.get('nodes'),
-                        help=f"number of intermediate nodes of a cell ({default.get('nodes', 'that of the file')})")
-
-
-def primitive_names(text: str) -> list[str]:
-    """Parses the value of --primitives, names of operations with commas between them."""
-    from genotypes import SearchSpace
-    from operations import check_known
-    names = [name.strip() for name in text.split(',')]
-    try:
-        check_known(names)
-        SearchSpace(tuple(names))
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return names
-
-
 def check_class_num(class_num: int | None, data) -> int:
     """Returns the number of classes of `data`; raises UserError when --class_num (None: not given) is another."""
     if class_num not in (None, data.class_num):

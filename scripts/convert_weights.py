@@ -21,12 +21,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 
 import genotypes
+import operations
 import utils
 from engine import checkpoint
 from genotypes import DARTS_SPACE, SearchSpace
 from model import network_of
 from model_search import Supernet
-from operations import OPERATIONS
 from utils import UserError
 
 COUNTER = '.num_batches_tracked'            # of PyTorch's batch normalisation; Paddle has no such counter
@@ -182,13 +182,13 @@ def convert(source: str, target: str, arch: str | None, space: dict | None = Non
     """
     if source.endswith('.npz') == target.endswith('.npz'):
         raise UserError(f"one of {source} and {target} has to be an .npz of this project, the other a .pt of PyTorch")
-    genotype = None if arch is None else genotypes.load(arch, OPERATIONS)
+    genotype = None if arch is None else genotypes.load(arch, operations.OPERATIONS)
     metadata, recorded = {'genotype': genotype._asdict()} if genotype else {}, None
     if not source.endswith('.npz'):
         weights = read_state_dict(source)
     elif genotype:
         metadata, weights = checkpoint.read_weights(source)
-        genotypes.of_weights(source, metadata, arch, OPERATIONS)
+        genotypes.of_weights(source, metadata, arch, operations.OPERATIONS)
     else:
         recorded, weights = read_supernet(source)
     if not genotype:
@@ -214,7 +214,7 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument('--arch', help='genotype of a discrete network: a name in genotypes.py or a genotype.json')
     kind.add_argument('--supernet', action='store_true', help='conversion of the weights of a supernet of the search')
-    utils.add_space_arguments(parser, with_defaults=False)
+    operations.add_arguments(parser, with_defaults=False)
     parser.add_argument('source', help='file to convert, .pt or .npz')
     parser.add_argument('target', help='file to write, .npz or .pt')
     args = parser.parse_args()

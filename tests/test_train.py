@@ -63,7 +63,7 @@ def test_the_loss_falls_and_all_results_are_written(finished):
     if script == SEARCH:
         assert set(last) == common | {
             'valid_loss', 'valid_top1', 'valid_top5', 'skip_connects', 'entropy_normal', 'entropy_reduce',
-            'alphas_normal', 'alphas_reduce', 'genotype'}
+            'alphas_normal', 'alphas_reduce', 'genotype', 'space'}
         for kind in ('normal', 'reduce'):
             weights = np.array(last[f'alphas_{kind}'])
             assert weights.shape == (14, 8) and np.allclose(weights.sum(axis=1), 1)
@@ -200,7 +200,7 @@ def test_weights_of_another_network_are_refused(finished, commands):
     (SCRIPTS, '--epochs -1', ['argument --epochs']),
     ([SEARCH], '--unrolled maybe', ["argument --unrolled: 'maybe' is neither True nor False"]),
     ([SEARCH], '--train_portion 1.5', ['argument --train_portion']),
-    ([SEARCH], '--stop_at_skips 9', ["--stop_at_skips: '9' has to be a whole number from 1 to 8"]),
+    ([SEARCH], '--stop_at_skips 9', ["--stop_at_skips 9: a cell of 4 nodes has 8 edges"]),
     ([TRAIN, IMAGENET], '--eval_only', ['--pretrained PATH']),
     ([TRAIN, IMAGENET], '--drop_path_prob 1.5', ['argument --drop_path_prob']),
     ([TRAIN, IMAGENET], '--auxiliary perhaps', ["argument --auxiliary: 'perhaps' is neither True nor False"]),
@@ -225,7 +225,9 @@ TRAINING = dict(arch='DARTS_PADDLE', auxiliary=True, auxiliary_weight=0.4, eval_
 @pytest.mark.parametrize('script, defaults', [
     (train_search, dict(CIFAR, batch_size=64, epochs=50, init_channels=16, layers=8, learning_rate_min=0.001,
                         train_portion=0.5, arch_learning_rate=3e-4, arch_weight_decay=1e-3, unrolled=True,
-                        stop_at_skips=None, model_save_dir='search')),
+                        stop_at_skips=None, model_save_dir='search', nodes=4, primitives=[
+                            'none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5',
+                            'dil_conv_3x3', 'dil_conv_5x5'])),
     (train, dict(CIFAR, **TRAINING, batch_size=96, epochs=600, init_channels=36, layers=20, drop_path_prob=0.2,
                  model_save_dir='eval_cifar10')),
     (train_imagenet, dict(COMMON, **TRAINING, batch_size=128, epochs=250, init_channels=48, layers=14,
