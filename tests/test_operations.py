@@ -34,10 +34,11 @@ def run_edge(kind, channels, stride, weights, x, direction, training):
         if layout.statistics.size:
             layout.statistics.unpack(store.variable('statistics'))
         output = build_operation(layout.groups[0].tensor)
-        gradient, = paddle.static.gradients([paddle.sum(output * store.input('direction', direction.shape))], [theta])
+        gradients = paddle.static.gradients([paddle.sum(output * store.input('direction', direction.shape))], [theta])
         if layout.statistics.size and training:
             store.assign('statistics', layout.statistics.pack())
-        return [output, paddle.zeros_like(theta) if gradient is None else gradient]        # None: no path, as for none
+        # Without a path from theta, as for none, the list is empty or has None, depending on the version of Paddle.
+        return [output, gradients[0] if gradients and gradients[0] is not None else paddle.zeros_like(theta)]
 
     output, gradient = StaticProgram(store, build)(direction=direction)
     gradients = layout.named(gradient)

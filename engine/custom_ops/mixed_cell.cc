@@ -523,6 +523,11 @@ class MixedCell {
   std::vector<T> node_mean_, d_mean_, slope_;    // mean gradients of nodes; arguments of batch_norm_backward by plane
 };
 
+// Returns the number of saved planes per image; at least 1, because Paddle 2.6 refuses an empty tensor.
+int64_t saved_planes(const Space& space, const Tensor& x) {
+  return std::max<int64_t>(1, space.planes * (x.shape()[1] / 2));
+}
+
 // Checks the inputs of the forward pass; returns the shape of the output.
 Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float epsilon) {
   require(inputs.size() >= 2 && epsilon > 0, "a mixed cell needs its states, mixing weights and a positive epsilon");
@@ -540,7 +545,7 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector
   const Space space(primitives, nodes, reduction);
   const Shape shape = check_inputs(space, inputs, epsilon);
   const Tensor& x = inputs[0];
-  const int64_t planes = space.planes * x.shape()[1] / 2;
+  const int64_t planes = saved_planes(space, x);
   const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, x.dtype(), x.place()); };
   Tensor out = empty(shape), statistics = empty({planes, 2}), saved;
   PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_mixed_cell", ([&] {
@@ -560,7 +565,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
                              bool weight_gradients, float epsilon) {
   const Space space(primitives, nodes, reduction);
   const Shape shape = check_inputs(space, inputs, epsilon);
-  const int64_t planes = space.planes * inputs[0].shape()[1] / 2;
+  const int64_t planes = saved_planes(space, inputs[0]);
   check_types({inputs[0], out, saved, statistics, out_gradient});
   check_shape("the output", out, shape);
   check_shape("the gradient of the output", out_gradient, shape);
