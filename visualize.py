@@ -301,7 +301,7 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     space, numbers = epochs[0].space, [epoch.number for epoch in epochs]
     nodes, uniform = space.nodes, 1 / len(space.primitives)
     ticks = sorted({numbers[0], numbers[-1]})
-    # At least as wide as the legend and as high as two rows of panels with titles.
+    # Wide enough for the titles of a space with few nodes.
     figure = Figure(figsize=(max(7.5, 3.1 * nodes), 1.2 * nodes + 2.6), layout='constrained', dpi=144)
     figure.suptitle(f"mixing weights, epoch{'s' * (len(ticks) > 1)} {' to '.join(map(str, ticks))}", color=INK)
     panel = None
