@@ -47,7 +47,7 @@ class SearchSpace:
         try:
             return cls(**fields)
         except (TypeError, UserError) as error:
-            raise ValueError(f"it records no search space: {error}") from None
+            raise ValueError(f"it records no search space: {str(error)[:300]}") from None        # it may quote the file
 
     def as_dict(self) -> dict:
         """Returns {'primitives': [names], 'nodes': number}, the form of the space in files."""

@@ -158,7 +158,7 @@ class Run:
         raise UserError(f"none of the checkpoints in {self.folder} can be read")
 
     def _check_settings(self, name: str, saved: dict) -> None:
-        differing = [f"{key} {saved.get(key)!r} there, {self.settings.get(key)!r} now"
+        differing = [f"{key} {_as_text(saved.get(key))} there, {_as_text(self.settings.get(key))} now"
                      for key in sorted(set(saved) | set(self.settings)) if saved.get(key) != self.settings.get(key)]
         if differing:
             raise UserError(f"{self.path(name)} is from a run with other settings: {'; '.join(differing)}")
@@ -200,6 +200,12 @@ class Run:
         if len(lines) != epoch:
             log.warning(f"{path} is damaged: it has {len(lines)} lines for the {epoch} epochs before")
         self.write('history.jsonl', b''.join(lines))
+
+
+def _as_text(setting) -> str:
+    """Returns a setting as text, names as the value of their flag."""
+    names = isinstance(setting, list) and all(isinstance(name, str) for name in setting)
+    return ','.join(setting) if names else repr(setting)
 
 
 def _epoch_of(line: bytes) -> int:
@@ -271,8 +277,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, np.ndarray]]:
 def read_weights(path: str) -> tuple[dict, dict[str, np.ndarray]]:
     """Returns (metadata, {name: array}) of a weight file that a training or a conversion wrote.
 
-    metadata: {'genotype', 'dataset', 'class_names', 'mean', 'std'}, without the unknown ones. Raises UserError for any
-    other file.
+    metadata: {'genotype', 'dataset', 'class_names', 'mean', 'std'}, of a supernet {'space'}, without the unknown ones.
+    Raises UserError for any other file.
     """
     try:
         if not os.path.isfile(path):

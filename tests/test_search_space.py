@@ -209,8 +209,8 @@ def test_wrong_spaces_end_in_one_line(flags, reasons):
 def test_another_space_is_refused_with_both(tmp_path):
     tiny_search(tmp_path / 'run', epochs=1, primitives=['none', 'skip_connect'], nodes=2)
     for changes, reasons in ((dict(nodes=3), ('nodes 2 there, 3 now',)),
-                             (dict(primitives=['skip_connect', 'none']), ("['none', 'skip_connect'] there",
-                                                                          "['skip_connect', 'none'] now"))):
+                             (dict(primitives=['skip_connect', 'none']),
+                              ('primitives none,skip_connect there, skip_connect,none now',))):
         settings = {**dict(epochs=1, primitives=['none', 'skip_connect'], nodes=2), **changes}
         with pytest.raises(UserError) as error:
             tiny_search(tmp_path / 'run', resume=True, **settings)
