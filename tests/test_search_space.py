@@ -161,6 +161,26 @@ def test_gradients_of_an_operation_without_a_normalisation():
     assert np.abs(supernet.gradients(*batch).weights['cells.1._ops.0._ops.0.weight']).max() > 1e-4
 
 
+def test_the_result_of_an_operation_without_a_normalisation_is_multiplied_by_its_mixing_weight():
+    """The convolution is linear: other mixing weights with inversely scaled kernels give the same network."""
+    supernet = Supernet(2, 3, 3, 'float64', image_size=8, space=SearchSpace(('plain_1x1', 'none'), 2))
+    rng, losses = np.random.default_rng(0), []
+    batch, kernels = (rng.normal(size=(4, 3, 8, 8)), rng.integers(0, 3, (4, 1))), supernet.weights()
+    for _ in range(2):
+        supernet.store.set('alphas', rng.normal(size=(2, 5, 2)))
+        scaled = dict(kernels)
+        for number, cell in enumerate(supernet.cells):
+            weights = supernet.mixing_weights()[f"alphas_{'reduce' if cell.reduction else 'normal'}"]
+            for edge in range(5):
+                name = f'cells.{number}._ops.{edge}._ops.0.weight'
+                scaled[name] = kernels[name] / weights[edge, 0]
+        supernet.set_weights(scaled)
+        losses.append(supernet.evaluate(*batch).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    supernet.store.set('alphas', rng.normal(size=(2, 5, 2)))
+    assert abs(supernet.evaluate(*batch).loss - losses[1]) > 1e-4
+
+
 # ---------------------------------------------------------------------------------------------------
 # Other mixing weights
 
