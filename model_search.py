@@ -30,6 +30,7 @@ operations.OPERATIONS defines them. On the CPU a compiled operator computes a ce
 """
 from __future__ import annotations
 
+import math
 from collections import namedtuple
 
 import numpy as np
@@ -178,9 +179,9 @@ class Supernet(FlatNetwork):
     channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype:
     'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
     space: the primitives on each edge and the number of nodes; place: the device, the CPU when None;
-    build_programs=False builds no program, for names and shapes only; expected_size: number of weights in a file, which
-    is compared before memory is reserved. Raises UserError for sizes that cannot be built or differ from expected_size,
-    and for a primitive that operations.OPERATIONS lacks.
+    build_programs=False builds no program, for names and shapes only; max_size: largest number of weights for which
+    memory is reserved, for sizes from a file. Raises UserError for sizes that cannot be built or exceed max_size, and
+    for a primitive that operations.OPERATIONS lacks.
 
     The weights are the vector `theta` of the store, alpha is `alphas` [2, edges, primitives] (normal, reduce); `run`
     leaves the gradients of both in `gradient` and `alpha_gradient`, on the device.
@@ -223,7 +224,7 @@ class Supernet(FlatNetwork):
 
     def __init__(self, channels: int = 16, classes: int = 10, layers: int = 8, dtype: str = 'float32', seed: int = 0,
                  image_size: int = 32, space: SearchSpace = DARTS_SPACE, place=None, build_programs: bool = True,
-                 expected_size: int | None = None):
+                 max_size: float = math.inf):
         if layers < 3:
             raise UserError(f"layers is {layers}, but two reduction cells after the first cell need at least 3")
         if channels < 2 or channels % 2:
@@ -254,9 +255,9 @@ class Supernet(FlatNetwork):
             self.mixing_source[group.offset:group.offset + group.size] = group.source
 
         size = self.layout.assign_offsets().size
-        if expected_size not in (None, size):
-            raise UserError(f"the weights are {expected_size} numbers, a supernet of {space} has {size} with "
-                            f"init_channels {self.cells[0].channels} and {layers} layers")
+        if size > max_size:
+            raise UserError(f"a supernet of {space}, init_channels {self.cells[0].channels} and {layers} layers has "
+                            f"{size} weights, more than the {max_size} expected")
         rng = np.random.default_rng(seed)
         self._allocate(place, dtype, rng)
         shape = len(CELL_KINDS), space.edges, len(space.primitives)

@@ -76,7 +76,7 @@ def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SP
             raise UserError(f"weight {name!r} is missing or does not have {dimensions} dimensions")
     layers = len({name.split('.')[1] for name in weights if name.startswith('cells.')})
     supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers,
-                        space=space, build_programs=False)
+                        space=space, build_programs=False, max_size=2 * sum(map(np.size, weights.values())))
     supernet.load_weights(weights)
     return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
 
@@ -104,8 +104,10 @@ def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]
         if arrays['alphas'].shape != (2, space.edges, len(space.primitives)):
             raise ValueError(f"alphas has shape {list(arrays['alphas'].shape)}")
         supernet = Supernet(channels, classes, layers, space=space, build_programs=False,
-                            expected_size=arrays['theta'].size)
-        supernet.store.set('theta', arrays['theta'].reshape(-1))
+                            max_size=arrays['theta'].size)
+        if arrays['theta'].shape != (supernet.size,):
+            raise ValueError(f"theta has shape {list(arrays['theta'].shape)}")
+        supernet.store.set('theta', arrays['theta'])
         supernet.store.set('alphas', arrays['alphas'])
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} is not a checkpoint of a search: {error}") from None

@@ -282,6 +282,11 @@ def test_an_npz_that_holds_no_weights(tmp_path):
             assert_refused(path, tmp_path / 'target.pt', arch, str(path))
 
 
+def test_weights_of_a_shape_without_numbers_reserve_no_memory(tmp_path):
+    weights = {**supernet_weights(), 'stem.0.weight': np.zeros((3 * 10 ** 6, 0, 3, 3), 'float32')}
+    assert_refused(write_npz(tmp_path / 'source.npz', weights), tmp_path / 'target.pt', None, 'more than the')
+
+
 def test_checkpoints_of_other_runs(tmp_path):
     source, target = write_search_checkpoint(tmp_path / 'checkpoint.npz'), tmp_path / 'target.pt'
     space, weights = convert_weights.read_supernet(source)

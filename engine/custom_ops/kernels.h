@@ -154,9 +154,11 @@ class Scratch {
     next_ = storage.reserve(size + 32 * kCacheLine / sizeof(T));
   }
 #ifdef __SANITIZE_ADDRESS__
-  // An allocation of its own, so that the sanitizer sees where the block ends.
+  // An allocation of its own, so that the sanitizer sees where the block ends, of NaN, so that its use without a value
+  // changes a result.
   T* take(int64_t size) {
     blocks_.emplace_back(new T[size]);
+    std::fill_n(blocks_.back().get(), size, std::numeric_limits<T>::quiet_NaN());
     return blocks_.back().get();
   }
 #else

@@ -113,7 +113,9 @@ class MixedCell {
         bordered[k] = scratch.zeros(geometries[k]->plane);
       }
       conv_gradient = scratch.zeros(cell.grid_size());
-      for (T** block : {&inner, &inner_gradient, &grids[0], &grids[1], &grids_gradient[0], &grids_gradient[1]})
+      // The columns from out_w on of a grid stay 0: a NaN there would pass through products with 0.
+      for (int half = 0; half < 2; ++half) grids[half] = scratch.zeros(cell.grid_size());
+      for (T** block : {&inner, &inner_gradient, &grids_gradient[0], &grids_gradient[1]})
         *block = scratch.take(cell.grid_size());
       in_gradient = scratch.take(cell.c_ * std::max(cell.in_step(0), cell.in_step(1)));
       for (T** block : {&pool_bordered, &pool_gradient, &total, &row, &direct})
