@@ -73,12 +73,8 @@ class SearchSpace:
         """'state to node' of every edge, nodes numbered as states."""
         return [f'{state} to {2 + node}' for node in range(self.nodes) for state in range(2 + node)]
 
-    def check_recorded(self, path: str, metadata: dict) -> None:
-        """Raises UserError unless the file `path` records this space in its metadata.
-
-        Files without a space are of version 0.1 or from another project; they are taken for the space of the paper.
-        """
-        recorded = recorded_space(path, metadata)
+    def check_recorded(self, path: str, recorded: SearchSpace) -> None:
+        """Raises UserError unless `recorded`, the space of the file `path`, is this space."""
         if recorded != self:
             raise UserError(f"{path} is of another search space: {recorded} there, {self} now; "
                             "give its --primitives and --nodes")
@@ -90,7 +86,9 @@ DARTS_SPACE = SearchSpace((NONE, 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect',
 
 
 def recorded_space(path: str, metadata: dict) -> SearchSpace:
-    """Returns the space in the metadata of the file `path`, DARTS_SPACE if they have none; raises UserError for others.
+    """Returns the space in the metadata of the file `path`; raises UserError when they hold anything else there.
+
+    Files without a space are of version 0.1 or from another project; they are taken for the space of the paper.
     """
     try:
         return SearchSpace.of(metadata['space']) if 'space' in metadata else DARTS_SPACE

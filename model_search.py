@@ -254,7 +254,7 @@ class Supernet(FlatNetwork):
         for group in self.mixing.groups:
             self.mixing_source[group.offset:group.offset + group.size] = group.source
 
-        size = self.layout.assign_offsets().size
+        size = self.layout.count()
         if size > max_size:
             raise UserError(f"a supernet of {space}, init_channels {self.cells[0].channels} and {layers} layers has "
                             f"{size} weights, more than the {max_size} expected")

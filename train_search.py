@@ -166,7 +166,8 @@ def main() -> None:
     pretrained = None
     if args.pretrained:
         metadata, pretrained = read_weights(args.pretrained)
-        SearchSpace(args.primitives, args.nodes).check_recorded(args.pretrained, metadata)
+        recorded = genotypes.recorded_space(args.pretrained, metadata)
+        SearchSpace(args.primitives, args.nodes).check_recorded(args.pretrained, recorded)
     data = distributed.local_rank0_first(lambda: reader.load(args.dataset, args.data))
     args.class_num = utils.check_class_num(args.class_num, data)
     run = Run(args)

@@ -75,6 +75,7 @@ def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SP
         if np.ndim(weights.get(name)) != dimensions:
             raise UserError(f"weight {name!r} is missing or does not have {dimensions} dimensions")
     layers = len({name.split('.')[1] for name in weights if name.startswith('cells.')})
+    # Shapes without numbers must not reserve memory; twice the size, so that a weight that is missing is named below.
     supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers,
                         space=space, build_programs=False, max_size=2 * sum(map(np.size, weights.values())))
     supernet.load_weights(weights)
@@ -197,7 +198,7 @@ def convert(source: str, target: str, arch: str | None, space: dict | None = Non
         space = SearchSpace(**{**(recorded or DARTS_SPACE).as_dict(), **(space or {})})
         metadata = {'space': space.as_dict()}
         if recorded:
-            space.check_recorded(source, {'space': recorded.as_dict()})
+            space.check_recorded(source, recorded)
     try:
         if target.endswith('.npz'):
             weights = from_state_dict(weights)

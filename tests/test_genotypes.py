@@ -100,10 +100,11 @@ def test_invalid_spaces_are_refused(primitives, nodes, reason):
 
 def test_a_file_of_another_space_is_refused_with_both():
     space = SearchSpace(('skip_connect', 'sep_conv_3x3'), 3)
-    space.check_recorded('a.npz', {'space': space.as_dict()})
-    DARTS_SPACE.check_recorded('a.npz', {})
+    recorded = genotypes.recorded_space('a.npz', {'space': space.as_dict()})
+    space.check_recorded('a.npz', recorded)
+    DARTS_SPACE.check_recorded('a.npz', genotypes.recorded_space('a.npz', {}))
     with pytest.raises(UserError, match='a.npz .*: 3 nodes, skip_connect,sep_conv_3x3 there, 4 nodes, none,max_pool'):
-        DARTS_SPACE.check_recorded('a.npz', {'space': space.as_dict()})
+        DARTS_SPACE.check_recorded('a.npz', recorded)
     for fields in ({'primitives': ['none'], 'nodes': 4}, {'nodes': 4}, None, 'none', {**space.as_dict(), 'edges': 9}):
         with pytest.raises(UserError, match='a.npz: it records no search space'):
             genotypes.recorded_space('a.npz', {'space': fields})

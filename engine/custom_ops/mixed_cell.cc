@@ -104,7 +104,7 @@ class MixedCell {
     T* gradient;                                     // the sums of a thread, or null
   };
 
-  // Memory of a thread. The upper bound of its size: 11 blocks of C planes and 9 of one plane.
+  // Memory of a thread. The upper bound of its size: 11 blocks of C planes and 8 of one plane.
   struct Workspace {
     explicit Workspace(const MixedCell& cell) : scratch(11 * (cell.c_ + 1) * cell.largest_plane()) {
       const Geometry* geometries[] = {&cell.inputs_, &cell.nodes_, &cell.second_};
@@ -113,10 +113,12 @@ class MixedCell {
         bordered[k] = scratch.zeros(geometries[k]->plane);
       }
       conv_gradient = scratch.zeros(cell.grid_size());
-      // The columns from out_w on of a grid stay 0: a NaN there would pass through products with 0.
-      for (int half = 0; half < 2; ++half) grids[half] = scratch.zeros(cell.grid_size());
-      for (T** block : {&inner, &inner_gradient, &grids_gradient[0], &grids_gradient[1]})
-        *block = scratch.take(cell.grid_size());
+      inner = scratch.take(cell.grid_size()), inner_gradient = scratch.take(cell.grid_size());
+      for (int half = 0; half < 2 && cell.space_.reduction; ++half) {
+        // The columns from out_w on of a grid stay 0: a NaN there would pass through products with 0.
+        grids[half] = scratch.zeros(cell.grid_size());
+        grids_gradient[half] = scratch.take(cell.grid_size());
+      }
       in_gradient = scratch.take(cell.c_ * std::max(cell.in_step(0), cell.in_step(1)));
       for (T** block : {&pool_bordered, &pool_gradient, &total, &row, &direct})
         *block = scratch.take(cell.largest_plane());
@@ -359,8 +361,9 @@ class MixedCell {
       std::fill(direct, direct + plane_size, T(0));
       differentiate_unweighted(g, n, s, c, direct, work);
       relu_backward(geometry, state + c * plane_size, work.in_gradient + c * in_step(g), true, direct);
+      if (g == 0) continue;
       T* to = gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_;
-      for (int64_t i = 0; i < nodes_.rows() && g > 0; ++i)
+      for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd
         for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.out_row + j] += direct[i * nodes_.w + j];
     }
