@@ -301,8 +301,12 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     space, numbers = epochs[0].space, [epoch.number for epoch in epochs]
     nodes, uniform = space.nodes, 1 / len(space.primitives)
     ticks = sorted({numbers[0], numbers[-1]})
-    # Wide enough for the titles of a space with few nodes.
-    figure = Figure(figsize=(max(7.5, 3.1 * nodes), 1.2 * nodes + 2.6), layout='constrained', dpi=144)
+    # Wide enough for the titles of a space with few nodes, high enough for the legend of one with many primitives.
+    width, uniform_label = max(7.5, 3.1 * nodes), f'1/{len(space.primitives)}'
+    entries = [0.5 + 0.08 * len(label) for label in (*space.primitives, uniform_label)]    # of the legend, in inches
+    columns = len(entries) if sum(entries) <= width else max(1, int(width / max(entries)))
+    rows = -(-len(entries) // columns)
+    figure = Figure(figsize=(width, 1.2 * nodes + 2.4 + 0.2 * rows), layout='constrained', dpi=144)
     figure.suptitle(f"mixing weights, epoch{'s' * (len(ticks) > 1)} {' to '.join(map(str, ticks))}", color=INK)
     panel = None
     for kind, part in zip(KINDS, figure.subfigures(1, len(KINDS), wspace=0.04)):
@@ -320,16 +324,13 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
                 width, size, zorder = (2.6, 5, 3) if primitive == chosen.get((state, node)) else (1.2, 3, 2)
                 panel.plot(numbers, values, label=primitive, color=colour_of(primitive), linewidth=width, zorder=zorder,
                            marker='o', markersize=size, markevery=[-1], clip_on=False)
-            panel.axhline(uniform, color=GREY, linestyle=':', linewidth=1, label=f'1/{len(space.primitives)}')
+            panel.axhline(uniform, color=GREY, linestyle=':', linewidth=1, label=uniform_label)
             panel.set_xticks(ticks, [f'epoch {ticks[0]}', *ticks[1:]])
             panel.tick_params(length=0, labelsize=8, labelcolor=GREY, labelleft=node == max(0, state - 1),
                               labelbottom=state == 1 + node)
     panel.set_ylim(bottom=0 if panel.get_ylim()[0] < 0.25 * uniform else None)
-    widths = [0.5 + 0.08 * len(line.get_label()) for line in panel.lines]          # of entries of the legend, in inches
-    columns = len(widths) if sum(widths) <= figure.get_figwidth() else int(figure.get_figwidth() / max(widths))
-    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=max(1, columns), frameon=False,
-                           fontsize=9, title='dark frame: edge of the last genotype, thick line: its operation',
-                           title_fontsize=9)
+    legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=columns, frameon=False, fontsize=9,
+                           title='dark frame: edge of the last genotype, thick line: its operation', title_fontsize=9)
     for handle in legend.legend_handles:
         handle.set(linewidth=2, marker='')       # the last panel's lines differ in width
     return figure

@@ -149,6 +149,31 @@ def test_random_genotypes_differ_and_are_valid():
         genotypes.check(genotype._asdict())
 
 
+def test_the_genotype_of_a_seed_stays():
+    """The genotypes of the README's experiment are drawn again, so a seed has to keep its genotype."""
+    def words(cell):
+        return ' '.join(f'{operation} {state}' for operation, state in cell)
+    genotype = compare_genotypes.random_genotype(3)
+    assert words(genotype.normal) == ('avg_pool_3x3 0 avg_pool_3x3 1 sep_conv_5x5 0 max_pool_3x3 2 '
+                                      'sep_conv_5x5 0 sep_conv_3x3 1 dil_conv_3x3 0 max_pool_3x3 1')
+    assert words(genotype.reduce) == ('skip_connect 0 dil_conv_5x5 1 sep_conv_5x5 1 sep_conv_5x5 2 '
+                                      'dil_conv_5x5 0 dil_conv_3x3 2 sep_conv_5x5 1 sep_conv_5x5 4')
+
+
+@pytest.mark.parametrize('nodes', [1, 3, 5])
+def test_random_genotypes_of_another_space(nodes):
+    space = genotypes.SearchSpace(('conv_1x1', 'none', 'skip_connect'), nodes)
+    drawn = [compare_genotypes.random_genotype(seed, space) for seed in range(20)]
+    operations = set()
+    for genotype in drawn:
+        genotypes.check(genotype._asdict(), space.primitives)
+        for cell, concat in (genotype[:2], genotype[2:]):
+            assert len(cell) == 2 * nodes and concat == tuple(range(2, 2 + nodes))
+            assert all(cell[2 * node][1] < cell[2 * node + 1][1] for node in range(nodes))
+            operations |= {operation for operation, _ in cell}
+    assert operations == {'conv_1x1', 'skip_connect'}
+
+
 @pytest.mark.slow
 def test_compare_genotypes_trains_all_and_continues(tmp_path, monkeypatch):
     started = []

@@ -163,6 +163,7 @@ def test_the_longest_names_fit_into_their_boxes():
 
 
 OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1),
+                genotypes.SearchSpace((*PRIMITIVES, 'an_operation' + '_with_a_long_name' * 2), 1),
                 genotypes.SearchSpace((*PRIMITIVES, 'a_new_operation'), 3),
                 genotypes.SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), 5)]
 
@@ -180,6 +181,7 @@ def test_a_search_of_another_space(tmp_path, run, monkeypatch, space):
     assert [line.get_color() for line in legend.legend_handles][:-1] == [*map(visualize.colour_of, space.primitives)]
     for kind, part in zip(visualize.KINDS, figure.subfigs):
         assert len(part.axes) == space.edges
+        assert min(axes.get_window_extent().height for axes in part.axes) > 0.5 * figure.dpi, 'panels are too flat'
         table = np.array([epoch.weights[kind][-1] for epoch in epochs])
         assert (np.array([line.get_ydata() for line in part.axes[-1].lines[:-1]]) == table.T).all()
     monkeypatch.setattr(visualize, 'animate', lambda epochs: b'')
