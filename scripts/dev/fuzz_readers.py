@@ -13,6 +13,8 @@ the files. The readers of PyTorch's files are left out when torch is not install
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import gzip
 import importlib.util
@@ -138,6 +140,10 @@ def examine(subject: Subject, count: int, seed: int, report: Callable[[str], Non
 def _read_inputs(subject: Subject, expected: Any, seed: int, first: int, count: int, file) -> None:
     """Reads the inputs from `first` on, in a child process; writes the outcomes to `file`, which outlives a crash."""
     gc.freeze()        # a child has no copy of the threads of Paddle's objects: their destruction would crash it
+    # Free memory of the heap that this process has from its parent would hide what a reader takes.
+    with contextlib.suppress(AttributeError, OSError):         # other systems than Linux with glibc
+        ctypes.CDLL(None).malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5')          # the peak memory is the present one, proc(5)
     for stream in (1, 2):                                  # libraries in C write to them
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
