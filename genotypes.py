@@ -1,15 +1,17 @@
 """Search spaces and genotypes: the published ones by name; reading, writing and checking them; derivation."""
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 from collections import namedtuple
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from utils import UserError
+from utils import UserError, read_text
 
 NONE = 'none'                                        # the primitive that is zero; a derivation never chooses it
 
@@ -153,26 +155,96 @@ FASHION_MNIST_1 = _genotype(                         # the same, seed 1
     'sep_conv_3x3 0 sep_conv_3x3 1  sep_conv_5x5 1 sep_conv_5x5 2  sep_conv_5x5 1 dil_conv_5x5 3 '
     'max_pool_3x3 4 max_pool_3x3 1')
 
-GENOTYPES = {'NASNet': NASNet, 'AmoebaNet': AmoebaNet, 'DARTS_V1': DARTS_V1, 'DARTS_V2': DARTS_V2,
-             'DARTS': DARTS_V2, 'DARTS_PADDLE': DARTS_PADDLE, 'FASHION_MNIST_0': FASHION_MNIST_0,
-             'FASHION_MNIST_1': FASHION_MNIST_1}
+DARTS = DARTS_V2
 
 
-def load(name: str, known: Collection[str] | None = None) -> Genotype:
-    """Returns the genotype with a name of GENOTYPES, or of a genotype.json (the output of `dumps`).
+def named() -> dict[str, Genotype]:
+    """Returns {name: genotype} of all genotypes that this file defines, also of those that users paste into it."""
+    return {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
-    known: as of `check`. Raises UserError for a name that is neither, and for a file that holds no valid genotype.
+
+def load(source: str, known: Collection[str] | None = None) -> Genotype:
+    """Returns the genotype with a name in this file, of a file that `parse` reads, or of such a text itself.
+
+    known: as of `check`. Raises UserError when `source` is none of them and when the genotype is invalid.
     """
-    if name in GENOTYPES:
-        return GENOTYPES[name]
-    if not os.path.isfile(name):
-        raise UserError(f"no genotype {name!r}: give one of {', '.join(sorted(GENOTYPES))}, "
-                        "or the path of a genotype.json that a search wrote")
     try:
-        with open(name, encoding='utf-8') as file:
-            return check(json.loads(file.read(1 << 20)), known)
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{name} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
+        if source in named():
+            return check(named()[source]._asdict(), known)
+        if os.path.isfile(source):
+            return parse(read_text(source, 1 << 20), known)
+        if 'Genotype(' in source or source.lstrip().startswith('{'):
+            return parse(source, known)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source[:200]} holds no genotype: {str(error)[:500]}") from None   # it may quote the file
+    raise UserError(f"no genotype {source!r}: give one of {', '.join(sorted(named()))}, the path of a genotype.json "
+                    "that a search wrote, or Genotype(normal=..., ...) as a quoted text or in a file")
+
+
+def parse(text: str, known: Collection[str] | None = None) -> Genotype:
+    """Returns the genotype in a text: the JSON of `dumps`, or Genotype(normal=..., ...) as in Python code and logs.
+
+    In Python, concats may be a range, and edges may be nested per node; nothing is evaluated. known: as of `check`.
+    Raises ValueError when there is no genotype, an invalid one, or several different ones.
+    """
+    if text.lstrip().startswith('{'):
+        return check(json.loads(text), known)
+    found = []
+    for match in re.finditer(r'\bGenotype\s*\(', text):
+        genotype = check(_fields(_expression(text, match.start())), known)
+        if genotype not in found:
+            found.append(genotype)
+    if not found:
+        raise ValueError("it is neither JSON nor has it Genotype(normal=..., normal_concat=..., ...)")
+    if len(found) > 1:
+        raise ValueError(f"it has {len(found)} different genotypes: keep one of them")
+    return found[0]
+
+
+def _expression(text: str, start: int) -> str:
+    """Returns the part of a text from `start` to the parenthesis that closes the first one."""
+    depth = 0
+    for end in range(start, len(text)):
+        depth += (text[end] in '([{') - (text[end] in ')]}')
+        if depth == 0 and text[end] == ')':
+            return text[start:end + 1]
+    raise ValueError("its parentheses are not closed")
+
+
+def _fields(expression: str) -> dict:
+    """Returns the fields of an expression Genotype(...), read from its syntax tree."""
+    try:
+        call = ast.parse(expression, mode='eval').body
+    except (SyntaxError, MemoryError) as error:
+        raise ValueError(f"it is not an expression of Python ({error})") from None
+    if not isinstance(call, ast.Call):
+        raise ValueError("it is not Genotype(normal=..., normal_concat=..., ...)")
+    fields = dict(zip(Genotype._fields, map(_value, call.args)))
+    for keyword in call.keywords:
+        if keyword.arg in fields or keyword.arg is None:
+            raise ValueError(f"it has the field {keyword.arg!r} twice")
+        fields[keyword.arg] = _value(keyword.value)
+    if len(call.args) > len(Genotype._fields):
+        raise ValueError(f"it has {len(call.args)} fields")
+    return fields
+
+
+def _value(node: ast.AST) -> object:
+    """Returns the value of a syntax tree of lists, tuples, constants, ranges and NumPy's integers."""
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(element) for element in node.elts]
+    if isinstance(node, ast.Constant):
+        return node.value
+    name = node.func if isinstance(node, ast.Call) and not node.keywords else None
+    name = name.attr if isinstance(name, ast.Attribute) else getattr(name, 'id', None)         # np.int64(1)
+    if name in ('range', 'list', 'tuple', 'int', 'int32', 'int64'):
+        values = [_value(argument) for argument in node.args]
+        if name == 'range' and 1 <= len(values) <= 3 and {*map(type, values)} == {int} and values[2:] != [0] \
+                and max(map(abs, values)) < 1000:
+            return range(*values)
+        if name != 'range' and len(values) == 1:
+            return values[0]
+    raise ValueError(f"its part {ast.dump(node)[:100]} is neither a list nor an operation nor a number")
 
 
 def of_weights(path: str, metadata: dict, arch: str | None = None, known: Collection[str] | None = None) -> Genotype:
@@ -198,7 +270,7 @@ def dumps(genotype: Genotype) -> str:
 
 
 def check(fields: dict, known: Collection[str] | None = None) -> Genotype:
-    """Returns the Genotype of a mapping with its four fields.
+    """Returns the Genotype of a mapping with its four fields; edges may be nested per node, a concat may be a range.
 
     known: the names of operations that can be built, usually operations.OPERATIONS; None accepts every name, for a
     drawing. Raises ValueError for a missing or additional field, an unknown operation, an edge from a state that does
@@ -208,7 +280,7 @@ def check(fields: dict, known: Collection[str] | None = None) -> Genotype:
         raise ValueError(f"its fields have to be {', '.join(Genotype._fields)}")
     checked = {}
     for cell in ('normal', 'reduce'):
-        edges, concat = fields[cell], fields[cell + '_concat']
+        edges, concat = _flat(fields[cell]), fields[cell + '_concat']
         if not isinstance(edges, (list, tuple)) or len(edges) % 2 or not edges:
             raise ValueError(f"{cell} has to be a list of edges, two for each node")
         for number, edge in enumerate(edges):
@@ -220,12 +292,22 @@ def check(fields: dict, known: Collection[str] | None = None) -> Genotype:
                 raise ValueError(f"{cell} edge {number}: state {edge[1]!r} is not among the "
                                  f"{2 + number // 2} states before node {number // 2}")
         last = 2 + len(edges) // 2
-        if not isinstance(concat, (list, tuple)) or {*map(type, concat)} != {int} \
-                or len({*concat} & {*range(2, last)}) < len(concat):
+        if not isinstance(concat, (list, tuple, range)) or not 0 < len(concat[:last]) == len(concat) \
+                or {*map(type, concat)} != {int} or len({*concat} & {*range(2, last)}) < len(concat):
             raise ValueError(f"{cell}_concat {concat!r} has to name different nodes among 2 to {last - 1}")
         checked[cell] = tuple((operation, state) for operation, state in edges)
         checked[cell + '_concat'] = tuple(concat)
     return Genotype(**checked)
+
+
+def _flat(edges: object) -> object:
+    """Returns edges that are nested per node, [[(operation, state), ...], ...], as one list; others unchanged."""
+    def is_list(value):
+        return isinstance(value, (list, tuple))
+    nested = is_list(edges) and edges and all(is_list(node) and node and all(map(is_list, node)) for node in edges)
+    if nested and any(len(node) != 2 for node in edges):
+        raise ValueError("it has a node without exactly two edges")
+    return [edge for node in edges for edge in node] if nested else edges
 
 
 def entropy(weights: np.ndarray) -> float:

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import math
 import os
 import resource
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, TextIO
 
 VERSION = '0.2.0'                  # of this project, as in pyproject.toml; recorded in every checkpoint
 
@@ -50,27 +51,135 @@ def visualdl_folder(text: str) -> str:
         import visualdl            # noqa: F401
     except ImportError as error:
         raise argparse.ArgumentTypeError(f"VisualDL cannot be imported ({error}): pip install visualdl") from None
-    return text
+    return path(text)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line.
+
+    A boolean flag without a value means True. Flags cannot be abbreviated: a flag of another project could be taken for
+    an abbreviation of one with another meaning. After parse_args `given` has the names of the flags that were given.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        if settings.get('type') is boolean:
+            settings.update(nargs='?', const=True)
+        return super().add_argument(*names, **settings)
+
+    def parse_args(self, argv: list[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        # With None in place of every default, the flags that have another value were on the command line.
+        self.given = {name for name, value in vars(self.parse_known_args(argv, unset)[0]).items() if value is not None}
+        return args
+
+    def _unknown(self, text: str) -> str:
+        """Returns the message about an argument that no flag of this script takes."""
+        flag, known = text.partition('=')[0], [name for action in self._actions for name in action.option_strings]
+        for replacement in FLAGS_OF_OTHER_PROJECTS.get(flag, ()):
+            if replacement.split()[0] in known or not replacement.startswith('--'):
+                return f"unknown flag {flag}: here it is {replacement}"
+        near = difflib.get_close_matches(flag, known, 1)
+        return f"unknown {'flag' if text.startswith('-') else 'argument'} {text}" + (
+            f": did you mean {near[0]}?" if near else '')
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+# {flag of the authors' code of DARTS: what replaces it; the first that the script has}
+FLAGS_OF_OTHER_PROJECTS = {
+    '--save': ['--model_save_dir'],
+    '--gpu': ['--use_gpu True; the environment variable CUDA_VISIBLE_DEVICES selects the GPU'],
+    '--drop_path_prob': ['not needed: the search has no drop path'],
+    '--model_path': ['--pretrained, in the trainings with --eval_only'],
+    '--parallel': ['python -m paddle.distributed.launch --gpus 0,1 SCRIPT'],
+    '--gamma': ['--decay_rate'],
+    '--decay_period': ['not needed: --decay_rate applies after every epoch'],
+    '--set': ['--dataset'],
+    '--data': ['--data_dir'], '--data_dir': ['--data'],
+    '--tmp_data_dir': ['--data_dir', '--data'],
+    '--workers': ['--num_workers'],
+    '--cutout': ['not needed: images of ImageNet get no cutout'],
+    '--cutout_length': ['not needed: images of ImageNet get no cutout'],
+    '--use_data_parallel': ['python -m paddle.distributed.launch --gpus 0,1 SCRIPT'],
+    '--log_freq': ['--report_freq'],
+}
+
+
+def path(text: str) -> str:
+    """Returns a path with `~` expanded; a type for argparse: the shell does not expand `~` in --flag=~/folder."""
+    return os.path.expanduser(text)
+
+
+class SafeStream:
+    """A text stream that may break, around stdout or stderr: output is lost then, and the run continues.
+
+    The reader of a pipe may exit, a terminal may be closed. Characters that the stream cannot encode are escaped.
+    error: the first error, or None.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, 'w')           # Python sets a stream to None that the caller closed
+        self.error: OSError | None = None
+        if hasattr(self.stream, 'reconfigure'):
+            self.stream.reconfigure(errors='backslashreplace')
+
+    def write(self, text: str) -> int:
+        with self._errors_kept():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._errors_kept():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _errors_kept(self):
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            with contextlib.suppress(OSError):         # Python flushes the rest of its buffer when it exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's main(); a UserError ends the process with one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Runs a script's main(); a UserError ends the process with one line and exit code 2.
+
+    A broken stdout or stderr does not end a run. A script whose stdout could not be written for another reason than a
+    reader that left ends with exit code 1.
+    """
+    for number in range(3):                # a file that is opened later must not get the number of a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                      # takes the lowest free number
+    out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except UserError as error:
+            out.flush()
+            print(f"error: {error}", file=err)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=err)
+            sys.exit(130)
+        finally:
+            out.flush()
+            err.flush()
+        if out.error and not isinstance(out.error, BrokenPipeError):
+            print(f"error: the output could not be written: {out.error.strerror}", file=err)
+            sys.exit(1)
 
 
 def add_common_arguments(parser: Parser, *, batch_size: int, learning_rate: float, weight_decay: float, epochs: int,
@@ -103,8 +212,9 @@ def add_common_arguments(parser: Parser, *, batch_size: int, learning_rate: floa
     add('--report_freq', type=number(int, 1), default=report_freq, help='steps between log lines (%(default)s)')
     add('--save_freq', type=number(int, 1), default=report_freq,
         help='steps between checkpoints, in addition to one per epoch (%(default)s)')
-    add('--model_save_dir', default=model_save_dir, help='folder of the run (%(default)s)')
-    add('--resume', action='store_true', help='continue from the last checkpoint in --model_save_dir')
+    add('--model_save_dir', type=path, default=model_save_dir, help='folder of the run (%(default)s)')
+    add('--resume', type=boolean, default=False,
+        help='continue from the last checkpoint in --model_save_dir, if there is one')
     add('--visualdl', metavar='DIR', type=visualdl_folder,
         help="folder for curves of Paddle's dashboard: visualdl --logdir DIR")
 
@@ -120,8 +230,9 @@ def add_training_arguments(parser: Parser, *, drop_path_prob: float) -> None:
         help="weight of the auxiliary classifier's loss (%(default)s)")
     add('--drop_path_prob', type=number(float, 0, 1), default=drop_path_prob,
         help='probability of dropping an edge; rises linearly from 0 over the epochs (%(default)s)')
-    add('--pretrained', metavar='PATH', help='initial weights, an .npz of a training or a conversion')
-    add('--eval_only', action='store_true', help='print loss, top-1 and top-5 of --pretrained and stop')
+    add('--pretrained', type=path, metavar='PATH',
+        help='initial weights, an .npz of a training or a conversion; genotype, channels and cells are theirs')
+    add('--eval_only', type=boolean, default=False, help='print loss, top-1 and top-5 of --pretrained and stop')
 
 
 def check_training_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
@@ -140,6 +251,36 @@ def check_class_num(class_num: int | None, data) -> int:
 
 # ---------------------------------------------------------------------------------------------------
 # Files
+
+def read_text(path: str, limit: int = 1 << 30) -> str:
+    """Returns the first `limit` bytes of a text file in UTF-8, without a byte order mark.
+
+    Raises UserError when it cannot be read, and when it has another encoding.
+    """
+    try:
+        with open(path, 'rb') as file:
+            content = file.read(limit)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return decode(path, content)
+
+
+def decode(path: str, content: bytes) -> str:
+    """Returns the text of a file `path` with this content, like `read_text`."""
+    encoding = 'UTF-16' if content.startswith((b'\xff\xfe', b'\xfe\xff')) else None
+    try:
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        encoding = encoding or 'GB18030'
+        try:
+            content.decode(encoding)
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a text in UTF-8: save it as UTF-8") from None
+    if encoding:
+        name = 'UTF-16' if encoding == 'UTF-16' else 'another encoding, probably GBK'
+        raise UserError(f"{path} is a text in {name}, not in UTF-8: convert it with iconv -f {encoding} -t UTF-8")
+    return text
+
 
 def write_file(path: str, content: str | bytes | Callable) -> None:
     """Writes a file atomically: temporary file, fsync, rename.
@@ -225,6 +366,18 @@ def peak_memory() -> float:
     """Returns the largest resident memory of the process so far, in GB."""
     unit = 1 if sys.platform == 'darwin' else 1024          # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def available_memory() -> float:
+    """Returns the bytes of memory that the process can still get; infinity where the system does not report them."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open('/proc/meminfo') as file:
+            limits.append(1024 * next(int(line.split()[1]) for line in file if line.startswith('MemAvailable')))
+    with contextlib.suppress(OSError, ValueError):             # of a container; the word "max" is no limit
+        with open('/sys/fs/cgroup/memory.max') as largest, open('/sys/fs/cgroup/memory.current') as current:
+            limits.append(int(largest.read()) - int(current.read()))
+    return min(limits)
 
 
 def cosine(epoch: int, epochs: int, start: float, end: float = 0.0) -> float:

@@ -344,11 +344,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Draw genotypes with Graphviz and the curves of searches with matplotlib.")
     add = parser.add_argument
     add('targets', nargs='+', metavar='TARGET',
-        help=f"name of a genotype ({', '.join(sorted(genotypes.GENOTYPES))}), path of a genotype.json, path of a "
-             "search's history.jsonl, or folder of a search")
+        help=f"name of a genotype ({', '.join(sorted(genotypes.named()))}), path of a genotype.json, "
+             "Genotype(normal=..., ...) as a quoted text or in a file, path of a search's history.jsonl, or folder of "
+             "a search")
     add('--format', choices=FORMATS, help='format of the pictures (pdf); an animation is always a GIF')
-    add('--out', metavar='PATH', help="folder for the pictures (folder of the target; the current one for a name); "
-        "for one genotype also a file, its ending sets the format")
+    add('--out', type=utils.path, metavar='PATH',
+        help="folder for the pictures (folder of the target; the current one for a name); for one genotype also a "
+             "file, its ending sets the format")
     return parser.parse_args(argv)
 
 
@@ -365,7 +367,7 @@ def plan(args: argparse.Namespace) -> dict[str, Callable]:
     pictures = {}
     for target in args.targets:
         paths = [target]
-        if target not in genotypes.GENOTYPES and os.path.isdir(target):
+        if target not in genotypes.named() and os.path.isdir(target):
             paths = [path for name in ('history.jsonl', 'genotype.json')
                      if os.path.isfile(path := os.path.join(target, name))]
             if not paths:
@@ -378,8 +380,11 @@ def plan(args: argparse.Namespace) -> dict[str, Callable]:
                 new = {'networks.gif': partial(animate, epochs),
                        f'alphas.{format}': lambda epochs=epochs: partial(draw_alphas(epochs).savefig, format=format)}
             else:
+                genotype = genotypes.load(path)
+                if not (path in genotypes.named() or os.path.isfile(path)):
+                    path = 'genotype'                # it was the text of a genotype
                 name = os.path.splitext(os.path.basename(path))[0]
-                new = {f'{name}.{format}': partial(draw_genotype(genotypes.load(path), path).render, format)}
+                new = {f'{name}.{format}': partial(draw_genotype(genotype, path).render, format)}
             for name, draw in new.items():
                 picture = file or os.path.join(args.out or os.path.dirname(path), name)
                 if picture in pictures:

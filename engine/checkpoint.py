@@ -49,12 +49,13 @@ class Meter:
 class Run:
     """The folder of a run: args.json, log.txt, history.jsonl, checkpoints and weight files.
 
-    args: the parsed flags of the script. Raises UserError when the folder cannot be written, when another run is active
-    in it, when it holds a run and args.resume is not set, and when there is nothing to resume. Only rank 0 writes.
+    args: the parsed flags of the script; args.resume is set to False when there is no checkpoint to resume from, as in
+    a job that is started again before its first checkpoint. Raises UserError when the folder cannot be written, when
+    another run is active in it, and when it holds a run and args.resume is not set. Only rank 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.folder = args.model_save_dir
+        self.args, self.folder = args, args.model_save_dir
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
         self.dashboard: Dashboard | None = None
         self.last_checkpoint: str | None = None    # path of the last one that was written or read
@@ -67,16 +68,17 @@ class Run:
             if existing and not args.resume:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, "
                                 "or choose another folder with --model_save_dir")
-            if args.resume and not existing:
-                raise UserError(f"--resume: there is no checkpoint in {self.folder}")
             for name in os.listdir(self.folder):   # left by a run that was killed while it wrote a checkpoint
                 if name.startswith('checkpoint-') and name.endswith('.npz.part'):
                     os.remove(self.path(name))
             if args.visualdl:
-                self.dashboard = Dashboard(args.visualdl, args.resume)
+                self.dashboard = Dashboard(args.visualdl, bool(args.resume and existing))
             start_log(self.path('log.txt'))
+            if args.resume and not existing:
+                log.info(f"--resume: there is no checkpoint in {self.folder}, so the run starts from scratch")
+                args.resume = False
             if not args.resume:
-                utils.write_file(self.path('args.json'), json.dumps(vars(args), indent=2) + '\n')
+                utils.write_file(self.path('args.json'), self._args_as_json())
                 utils.write_file(self.path('history.jsonl'), '')
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from None
@@ -102,8 +104,15 @@ class Run:
         try:
             utils.write_file(self.path(name), content)
         except OSError as error:
-            raise UserError(f"cannot write {self.path(name)}: {error.strerror or error}; the last checkpoint is "
-                            "intact, --resume continues from it") from None
+            raise UserError(f"cannot write {self.path(name)}: {error.strerror or error}; {self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        """Returns what to do after a file could not be written."""
+        return ("the last checkpoint is intact, --resume continues from it" if self.last_checkpoint else
+                "there is no checkpoint yet: make space, or choose another --model_save_dir, and start again")
+
+    def _args_as_json(self) -> str:
+        return json.dumps(vars(self.args), indent=2) + '\n'
 
     def checkpoints(self) -> list[str]:
         """Returns the names of the checkpoints, the oldest first."""
@@ -124,7 +133,7 @@ class Run:
                 os.remove(self.path(name))
         except OSError as error:
             raise UserError(f"no checkpoint could be written to {self.folder}: {error.strerror or error}; "
-                            "the one before is intact") from None
+                            f"{self._remedy()}") from None
 
     def restore(self, task) -> tuple[int, int, Meter]:
         """Loads the last readable checkpoint into the task and returns the (epoch, step, meter) to continue from.
@@ -140,28 +149,40 @@ class Run:
                 log.warning(f"{self.path(name)} is damaged ({error}): trying the one before")
                 damaged.append(name)
                 continue
-            self._check_settings(name, metadata['settings'])
+            longer = self._check_settings(name, metadata['settings'])
             shapes, expected = ({name: array.shape for name, array in arrays.items()}
                                 for arrays in (state, task.store.state()))
             if shapes != expected:
                 raise UserError(f"{self.path(name)} does not fit this network: it holds {shapes}, expected {expected}")
             task.store.load_state(state)
+            self.last_checkpoint = self.path(name)
             self._cut_history(metadata['epoch'])
             if self.dashboard:
                 self.dashboard.cut(metadata['epoch'], metadata['epoch'] * task.steps + metadata['step'])
             for damaged_name in damaged:
                 with contextlib.suppress(OSError):
                     os.replace(self.path(damaged_name), self.path(damaged_name + '.damaged'))
-            self.last_checkpoint = self.path(name)
             log.info(f"resumed from {self.last_checkpoint}")
+            if longer:
+                log.info(f"--epochs {longer}: the schedule ends later, so the learning rates of the epochs to come are "
+                         f"those of a run of {self.settings['epochs']} epochs")
+                self.write('args.json', self._args_as_json())
             return metadata['epoch'], metadata['step'], Meter(**metadata['meter'])
         raise UserError(f"none of the checkpoints in {self.folder} can be read")
 
-    def _check_settings(self, name: str, saved: dict) -> None:
+    def _check_settings(self, name: str, saved: dict) -> str | None:
+        """Raises UserError when the settings of a checkpoint differ from those of this run, except for more epochs.
+
+        Returns a phrase about the additional epochs, or None.
+        """
+        before, now = saved.get('epochs'), self.settings.get('epochs')
+        longer = type(before) is int and type(now) is int and before < now
         differing = [f"{key} {_as_text(saved.get(key))} there, {_as_text(self.settings.get(key))} now"
-                     for key in sorted(set(saved) | set(self.settings)) if saved.get(key) != self.settings.get(key)]
+                     for key in sorted(set(saved) | set(self.settings))
+                     if saved.get(key) != self.settings.get(key) and not (longer and key == 'epochs')]
         if differing:
             raise UserError(f"{self.path(name)} is from a run with other settings: {'; '.join(differing)}")
+        return f"{now} instead of {before}" if longer else None
 
     def add_history(self, record: dict, tables: dict[str, tuple]) -> None:
         """Appends a line to history.jsonl, and its curves to the dashboard; tables: as of `Dashboard.add_epoch`."""
@@ -174,8 +195,7 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())            # the checkpoint that follows assumes that the line is on the disk
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is intact, "
-                            "--resume continues from it") from None
+            raise UserError(f"cannot write {path}: {error.strerror or error}; {self._remedy()}") from None
         if self.dashboard:
             self.dashboard.add_epoch(record, tables)
 

@@ -21,16 +21,17 @@ def start_log(path: str | None = None) -> None:
             handler.close()
     log.handlers = [_Console()]
     if path:
-        handler = _LogFile(path, encoding='utf-8')
+        handler = _LogFile(path, encoding='utf-8', errors='backslashreplace')        # a name of a file may be no text
         handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%Y-%m-%d %H:%M:%S'))
         log.addHandler(handler)
 
 
 class _Console(logging.Handler):
+    """Writes lines to stdout, above a progress bar; utils.run has made stdout and stderr streams that do not fail."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):         # the terminal is gone: the run continues and log.txt has the line
-            tqdm.write(self.format(record), file=sys.stdout)        # above the progress bar
-            sys.stdout.flush()
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class _LogFile(logging.FileHandler):
@@ -43,17 +44,29 @@ class _LogFile(logging.FileHandler):
 class Progress(tqdm):
     """A progress bar over steps, with images per second and the time left.
 
-    images: per step. In a terminal it is redrawn every 0.3 seconds, elsewhere a line is written every 30.
+    images: per step. unit: of a step, for the bar. In a terminal it is redrawn every 0.3 seconds, elsewhere a line is
+    written every 30.
     """
 
-    def __init__(self, images: int, **kwargs):
+    FORMAT = '{desc} {bar} {unit} {n_fmt}/{total_fmt}, {images_per_second} images/s, {remaining} left{postfix}'
+
+    def __init__(self, images: int, unit: str = 'step', **kwargs):
         self.images = images
-        super().__init__(mininterval=0.3 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, leave=False, bar_format=(
-            '{desc} {bar} step {n_fmt}/{total_fmt}, {images_per_second} images/s, {remaining} left{postfix}'),
-            disable=not distributed.is_main, **kwargs)
+        super().__init__(mininterval=0.3 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, leave=False,
+                         bar_format=self.FORMAT, unit=unit, disable=not distributed.is_main, **kwargs)
 
     @property
     def format_dict(self) -> dict:
         values = super().format_dict
         rate = values['rate'] or (values['n'] - values['initial']) / max(values['elapsed'], 1e-9)
         return dict(values, images_per_second=f'{rate * self.images:.1f}')
+
+
+class Elapsed(Progress):
+    """The time that a task of unknown duration has taken so far; `update(0)` redraws it."""
+
+    FORMAT = '{desc}: {elapsed}'
+
+    def __init__(self, description: str):
+        super().__init__(1, desc=description, total=None)
+        self.miniters = 0

@@ -79,7 +79,7 @@ def converted(source, arch='DARTS_PADDLE'):
 def trained_network(networks, torch, arch, kind, cells, auxiliary):
     """A PyTorch network in eval() whose batch normalisations have scales, shifts and statistics of all sizes."""
     torch.manual_seed(1)
-    network = getattr(networks, f'Network{kind}')(genotypes.GENOTYPES[arch], CHANNELS, CLASSES, cells, auxiliary)
+    network = getattr(networks, f'Network{kind}')(genotypes.named()[arch], CHANNELS, CLASSES, cells, auxiliary)
     with torch.no_grad():
         for norm in (module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)):
             for array, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5), (norm.running_mean, -0.3, 0.3),
@@ -99,9 +99,9 @@ def test_a_discrete_network_gives_the_logits_of_pytorch(tmp_path, networks, torc
     torch.save(torch_network.state_dict(), source)
     convert(source, target, arch)
     metadata, weights = checkpoint.read_weights(target)
-    assert genotypes.check(metadata['genotype']) == genotypes.GENOTYPES[arch]
+    assert genotypes.check(metadata['genotype']) == genotypes.named()[arch]
     assert_same(weights, networks.arrays_of(torch_network.state_dict()))
-    network = network_of(genotypes.GENOTYPES[arch], weights, with_training=False, image_size=SIZE[kind])
+    network = network_of(genotypes.named()[arch], weights, with_training=False, image_size=SIZE[kind])
     assert type(network) is {'CIFAR': NetworkCIFAR, 'ImageNet': NetworkImageNet}[kind]
     assert (network.classes, len(network.cells)) == (CLASSES, cells)
     images = np.random.default_rng(0).normal(size=(3, 3, SIZE[kind], SIZE[kind])).astype('float32')
@@ -121,7 +121,7 @@ def test_a_discrete_network_gives_the_logits_of_pytorch(tmp_path, networks, torc
 @pytest.mark.parametrize('arch', ['DARTS_PADDLE', 'AmoebaNet'])
 def test_the_loss_of_both_classifiers_is_that_of_pytorch(networks, torch, arch):
     torch_network = trained_network(networks, torch, arch, 'CIFAR', 3, True)
-    network = network_of(genotypes.GENOTYPES[arch], networks.arrays_of(torch_network.state_dict()))
+    network = network_of(genotypes.named()[arch], networks.arrays_of(torch_network.state_dict()))
     images, labels = np.random.default_rng(0).normal(size=(6, 3, 32, 32)).astype('float32'), np.arange(6) % CLASSES
     main, auxiliary = (torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item()
                        for logits in torch_network.train()(torch.from_numpy(images)))

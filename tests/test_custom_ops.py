@@ -18,7 +18,7 @@ import operations
 from engine import custom_ops, trainer
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram, VariableStore
-from genotypes import GENOTYPES, Genotype, SearchSpace
+from genotypes import Genotype, SearchSpace, named
 from model import Cell, NetworkCIFAR
 from model_search import Supernet
 from operations import BN_EPSILON, batch_norm, max_pool
@@ -128,12 +128,12 @@ def test_a_cell_of_another_form_equals_that_of_paddle(names, states, concat):
 
 def test_sizes_that_cannot_be_halved_are_refused():
     with pytest.raises(ValueError, match='7 x 8 cannot be halved'):
-        outcome(GENOTYPES['DARTS_V2'], 7, 8, reduction=True)
+        outcome(named()['DARTS_V2'], 7, 8, reduction=True)
 
 
 @pytest.mark.skipif(paddle.__version__.startswith('2.'), reason="Paddle 2's convolution of the stem refuses it")
 def test_an_empty_batch_gives_an_empty_result():
-    network = NetworkCIFAR(GENOTYPES['DARTS_V2'], 4, 10, 3, with_training=False)
+    network = NetworkCIFAR(named()['DARTS_V2'], 4, 10, 3, with_training=False)
     assert network.logits(np.zeros((0, 3, 32, 32), 'float32')).shape == (0, 10)
 
 
@@ -147,7 +147,7 @@ def test_an_unread_node_has_no_gradient():
 
 @pytest.mark.parametrize('size', [32, 8, 7])
 def test_a_cell_in_float32_agrees_within_its_precision_and_repeats_bit_identically(size):
-    arguments, settings = (GENOTYPES['DARTS_V2'], size, size), dict(channels=16, dtype='float32')
+    arguments, settings = (named()['DARTS_V2'], size, size), dict(channels=16, dtype='float32')
     exact, repeated = expected_outcome(*arguments, exact=True, **settings), outcome(*arguments, **settings)
     for name, array in outcome(*arguments, **settings).items():
         assert array.dtype == np.float32 and array.tobytes() == repeated[name].tobytes()

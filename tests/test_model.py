@@ -9,7 +9,7 @@ import pytest
 import model
 import utils
 from agreement import assert_all_close, assert_close, scrambled, statistics_of
-from genotypes import GENOTYPES, Genotype
+from genotypes import Genotype, named
 from model import AUXILIARY, NetworkCIFAR, NetworkImageNet
 from reference import discrete as reference
 from train import Training
@@ -38,7 +38,7 @@ OTHER_CELLS = {
 def make(kind, arch, channels, layers, image_size, batch=BATCH, **settings):
     """Returns a network with random weights and running statistics, the weights by name, and a random batch."""
     rng = np.random.default_rng(0)
-    network = kind({**GENOTYPES, **OTHER_CELLS}[arch], channels, CLASSES, layers, dtype='float64',
+    network = kind({**named(), **OTHER_CELLS}[arch], channels, CLASSES, layers, dtype='float64',
                    image_size=image_size, **settings)
     weights = scrambled(network.shapes, rng)
     network.set_weights(weights)
@@ -66,7 +66,7 @@ def test_a_network_equals_the_reference(kind, arch, channels, layers, image_size
     batch = 2 if image_size == 224 else BATCH
     network, weights, (images, labels) = make(kind, arch, channels, layers, image_size, batch, auxiliary=auxiliary,
                                               label_smooth=smoothing)
-    imagenet, genotype = kind is NetworkImageNet, {**GENOTYPES, **OTHER_CELLS}[arch]
+    imagenet, genotype = kind is NetworkImageNet, {**named(), **OTHER_CELLS}[arch]
     shapes = reference.weight_shapes(genotype, channels, CLASSES, layers, imagenet, bool(auxiliary))
     assert network.shapes == shapes
     assert set(network.layout.shapes) == {name for name in shapes if not name.endswith(reference.STATISTICS)}
@@ -95,7 +95,7 @@ def test_a_network_equals_the_reference(kind, arch, channels, layers, image_size
 @pytest.mark.parametrize('kind, arguments, size, param_count', [
     (NetworkCIFAR, (36, 10, 20), 4243728, 3767302), (NetworkImageNet, (48, 1000, 14), 6496680, 5235904)])
 def test_sizes_of_the_default_networks(kind, arguments, size, param_count):
-    genotype = GENOTYPES['DARTS_PADDLE']
+    genotype = named()['DARTS_PADDLE']
     network = kind(genotype, *arguments, auxiliary=0.4, build_programs=False)
     assert (network.size, network.param_count) == (size, param_count)
     assert network.shapes == reference.weight_shapes(genotype, *arguments, kind is NetworkImageNet, auxiliary=True)
@@ -106,7 +106,7 @@ def test_sizes_of_the_default_networks(kind, arguments, size, param_count):
 def test_initial_values():
     """Convolutions and classifiers are uniform in +-1 / sqrt(fan_in), drawn from the seed; a new BN is the identity."""
     def network(seed):
-        return NetworkCIFAR(GENOTYPES['AmoebaNet'], 16, 100, 3, auxiliary=0.4, seed=seed, build_programs=False)
+        return NetworkCIFAR(named()['AmoebaNet'], 16, 100, 3, auxiliary=0.4, seed=seed, build_programs=False)
     first, weights = network(1), network(1).weights()
     for name, array in weights.items():
         if name.endswith('classifier.bias') or array.ndim > 1:
@@ -124,7 +124,7 @@ def test_initial_values():
 @pytest.mark.parametrize('arch, dropped', [('DARTS_V1', 5 + 2 * 5), ('DARTS_PADDLE', 7 + 2 * 5)])
 def test_every_edge_except_identities_is_multiplied_by_its_own_mask(monkeypatch, arch, dropped):
     rng = np.random.default_rng(4)
-    edges = reference.droppable_edges(GENOTYPES[arch], layers=3)
+    edges = reference.droppable_edges(named()[arch], layers=3)
     assert len(edges) == dropped
     kept = (rng.uniform(size=(dropped, BATCH)) < 0.6).astype('float64')
     counts = []
@@ -135,7 +135,7 @@ def test_every_edge_except_identities_is_multiplied_by_its_own_mask(monkeypatch,
     monkeypatch.setattr(model, 'drop_path_masks', given_masks)
     network, weights, (images, labels) = make(NetworkCIFAR, arch, 2, 3, 8, use_drop_path=True)
     assert counts == [dropped]
-    expected = reference.train(weights, GENOTYPES[arch], images, labels, 3, masks=dict(zip(edges, kept / 0.75)))
+    expected = reference.train(weights, named()[arch], images, labels, 3, masks=dict(zip(edges, kept / 0.75)))
     assert_close(network.run(network.feed(images, labels), drop_path_prob=0.25).loss, expected.loss)
     assert_all_close(network.layout.named(network.store.get('gradient')), expected.gradients)
     assert_all_close(network.weights(), dict(weights, **expected.statistics))
@@ -145,11 +145,11 @@ def test_every_edge_except_identities_is_multiplied_by_its_own_mask(monkeypatch,
 def test_drop_path_depends_on_seed_and_probability_and_is_off_in_the_evaluation():
     network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 3, 8, use_drop_path=True)
     feed = network.feed(images, labels)
-    complete = reference.train(weights, GENOTYPES['DARTS_V2'], images, labels, 3).loss
+    complete = reference.train(weights, named()['DARTS_V2'], images, labels, 3).loss
     assert_close(network.run(feed).loss, complete)
     first, again, other = (network.run(feed, 0.5, seed).loss for seed in (1, 1, 2))
     assert first == again and len({first, other, complete}) == 3
-    assert_close(network.logits(images), reference.evaluate(network.weights(), GENOTYPES['DARTS_V2'], images, 3).logits)
+    assert_close(network.logits(images), reference.evaluate(network.weights(), named()['DARTS_V2'], images, 3).logits)
 
 
 def test_multiply_adds_by_hand():
@@ -167,7 +167,7 @@ def test_multiply_adds_by_hand():
 def test_label_smoothing_by_hand():
     """-sum(target * log softmax), target 0.9 + 0.1 / 8 at the label and 0.1 / 8 elsewhere; off in the evaluation."""
     network, weights, (images, labels) = make(NetworkCIFAR, 'DARTS_V2', 2, 2, 8, label_smooth=0.1)
-    log_likelihood = log_softmax(reference.train(weights, GENOTYPES['DARTS_V2'], images, labels, 2).logits)
+    log_likelihood = log_softmax(reference.train(weights, named()['DARTS_V2'], images, labels, 2).logits)
     targets = np.full((BATCH, CLASSES), 0.1 / 8)
     targets[range(BATCH), labels] += 0.9
     assert network.run(network.feed(images, labels)).loss == pytest.approx(
@@ -195,11 +195,11 @@ def test_schedules_by_hand():
     (NetworkImageNet, 2, 3, dict(auxiliary=0.4, image_size=32), 'the auxiliary head gets 1 x 1')])
 def test_sizes_that_cannot_be_built(kind, channels, layers, settings, reason):
     with pytest.raises(UserError, match=reason):
-        kind(GENOTYPES['DARTS_PADDLE'], channels, CLASSES, layers, **settings)
+        kind(named()['DARTS_PADDLE'], channels, CLASSES, layers, **settings)
 
 
 def test_weights_are_loaded_with_and_without_an_auxiliary_head():
-    network, headless = (NetworkCIFAR(GENOTYPES['DARTS_PADDLE'], 2, CLASSES, 3, auxiliary=0.4, dtype='float64',
+    network, headless = (NetworkCIFAR(named()['DARTS_PADDLE'], 2, CLASSES, 3, auxiliary=0.4, dtype='float64',
                                       with_training=training, build_programs=False) for training in (True, False))
     initial, weights = network.weights(), scrambled(network.shapes, np.random.default_rng(6))
     without_head = {name: array for name, array in weights.items() if not name.startswith(AUXILIARY)}

@@ -183,7 +183,6 @@ def test_weights_of_another_network_are_refused(finished, commands):
     (SCRIPTS, '--class_num 7', ['7', 'classes']),
     (SCRIPTS, '--init_channels 5', ['init_channels is 5']),
     (SCRIPTS, '--model_save_dir /dev/null/run', ['cannot write to']),
-    (SCRIPTS, '--resume', ['no checkpoint in']),
     (SCRIPTS, '--pretrained nowhere.npz', ['nowhere.npz does not exist']),
     (SCRIPTS, '--use_gpu True', ['finds no GPU']),
     ([SEARCH], '--layers 2', ['layers is 2']),

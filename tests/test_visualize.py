@@ -89,7 +89,7 @@ def check_cell(kind, cell, concat, nodes, edges):
 
 
 @needs_dot
-@pytest.mark.parametrize('name', sorted(set(genotypes.GENOTYPES) - {'DARTS'}))
+@pytest.mark.parametrize('name', sorted(set(genotypes.named()) - {'DARTS'}))
 def test_a_picture_shows_the_genotype(name):
     genotype = genotypes.load(name)
     drawing = visualize.draw_genotype(genotype, name)
@@ -112,7 +112,7 @@ def test_unused_states_are_dashed():
 
 
 def test_operations_have_distinguishable_colours():
-    assert set(visualize.COLOURS) >= {operation for genotype in genotypes.GENOTYPES.values()
+    assert set(visualize.COLOURS) >= {operation for genotype in genotypes.named().values()
                                       for operation, _ in (*genotype.normal, *genotype.reduce)} | {genotypes.NONE}
     for colours in (visualize.COLOURS.values(), visualize.OTHER_COLOURS):
         colours = np.array([getrgb(colour) for colour in colours])

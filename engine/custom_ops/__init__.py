@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,14 @@ import engine                      # before paddle
 import paddle
 
 import utils
+from engine.console import Elapsed
 
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
 HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
+DIGEST_SIZE = hashlib.sha256().digest_size
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
 
 _state = {'enabled': False, 'loaded': False}
@@ -117,20 +120,46 @@ def _load() -> bool:
                     "that adds them to a program")
         return False
     path = library_path()
-    if not os.path.isfile(path):
-        log.info("compiling the operators for this machine (once, 1 to 2 minutes; --custom_ops False skips it)")
+    library, reason = _open(path)
+    if not library:
+        log.info("compiling the operators for this machine" + (f", because {reason}" if reason else '') +
+                 " (once, 1 to 2 minutes; --custom_ops False skips it)")
         reason = compile_to(path)
-        if reason:
+        if not reason:
+            library, reason = _open(path)
+        if not library:
             log.warning(f"the compiled operators are off, steps are slower: {reason}")
             return False
     from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
     load_op_meta_info_and_register_op(path)
-    ctypes.c_int.in_dll(ctypes.CDLL(path), 'darts_threads').value = threads()
+    ctypes.c_int.in_dll(library, 'darts_threads').value = threads()
     # One operator after the other: each of them uses all cores. Paddle 2.6 has no such flag.
     with contextlib.suppress(ValueError):
         paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})
     _state['loaded'] = True
     return True
+
+
+def _open(path: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """Returns (library, None), or (None, why it cannot be used); no reason when it does not exist.
+
+    The digest at its end is verified first: loading a library that is cut off ends the process with a signal.
+    """
+    if not os.path.isfile(path):
+        return None, None
+    try:
+        with open(path, 'rb') as file:
+            content = file.read()
+        if content != _with_digest(content[:-DIGEST_SIZE]):
+            return None, f"{path} is damaged"
+        return ctypes.CDLL(path), None
+    except OSError as error:                                   # also one of another system, which lacks a symbol
+        return None, f"{path} cannot be loaded ({str(error)[:200]})"
+
+
+def _with_digest(library: bytes) -> bytes:
+    """Returns the content of a library followed by its digest, which the loader of the system ignores."""
+    return library + hashlib.sha256(library).digest()
 
 
 def threads() -> int:
@@ -171,19 +200,28 @@ def compile_to(path: str) -> str | None:
 
     Compiles in a subprocess: cpp_extension prints, and changes the logging and the working folder of its process.
     """
-    if not shutil.which(os.environ.get('CXX', 'g++')):
-        return "there is no C++ compiler (on Debian and Ubuntu: apt install g++)"
+    compiler = shlex.split(os.environ.get('CXX', 'g++')) or ['g++']
+    if not shutil.which(compiler[0]):
+        return f"there is no C++ compiler {compiler[0]} (on Debian and Ubuntu: apt install g++)"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            done = subprocess.run([sys.executable, '-m', 'engine.custom_ops', os.path.abspath(folder)], text=True,
-                                  cwd=os.path.dirname(os.path.dirname(HERE)), stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT)
-            library = os.path.join(folder, 'darts_ops', 'darts_ops.so')
-            if done.returncode or not os.path.isfile(library):
-                lines = [line for line in done.stdout.splitlines() if 'rror' in line] or done.stdout.splitlines()
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder, \
+                open(os.path.join(folder, 'output'), 'w+', errors='replace') as output, \
+                Elapsed('compiling the operators') as elapsed:
+            process = subprocess.Popen([sys.executable, '-m', 'engine.custom_ops', folder],
+                                       cwd=os.path.dirname(os.path.dirname(HERE)), stdout=output, stderr=output)
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.3)
+                elapsed.update(0)
+            library = os.path.join(folder, 'darts_ops.so')
+            if process.returncode or not os.path.isfile(library):
+                output.seek(0)
+                lines = output.read().splitlines()
+                lines = [line for line in lines if 'rror' in line] or lines
                 return f"they could not be compiled ({(lines or ['no output'])[0].strip()[:200]})"
-            os.replace(library, path)
+            with open(library, 'rb') as file:
+                utils.write_file(path, _with_digest(file.read()))
     except OSError as error:
         return f"they could not be kept in {os.path.dirname(path)} ({error.strerror or error})"
     return None
