@@ -260,8 +260,21 @@ def of_weights(path: str, metadata: dict, arch: str | None = None, known: Collec
     if not genotype:
         raise UserError(f"{path} does not record its genotype: give --arch")
     if recorded not in (None, genotype):
-        raise UserError(f"{path} was trained with another genotype than {arch}")
+        name = next((name for name, value in named().items() if value == recorded), 'another genotype')
+        raise UserError(f"{path} was trained with {name}, not with {arch[:200]}: {_difference(recorded, genotype)}; "
+                        "leave out --arch")
     return genotype
+
+
+def _difference(recorded: Genotype, given: Genotype) -> str:
+    """Returns the first difference of two genotypes as a phrase."""
+    for field, there, here in zip(Genotype._fields, recorded, given):
+        if there != here and (field.endswith('_concat') or len(there) != len(here)):
+            return f"{field} is {str(there)[:150]} there, {str(here)[:150]} in --arch"
+        for number, pair in enumerate(zip(there, here)):
+            if pair[0] != pair[1]:
+                return f"{field} edge {number} is {pair[0]} there, {pair[1]} in --arch"
+    raise ValueError("the genotypes are equal")
 
 
 def dumps(genotype: Genotype) -> str:

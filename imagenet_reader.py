@@ -2,42 +2,45 @@
 
 `load` reads the lists of files, `training_image` and `validation_image` transform one file, `make_batch` makes a
 batch in a worker, and `ImageBatches` normalizes it. A batch is a function of (seed, epoch, step), whatever the
-number of workers. The workers need nothing of Paddle, so that this module does not import it.
+number of workers. The workers need nothing of Paddle, so that this module does not import it. custom_reader and
+scripts/predict.py read image files with this module too.
 """
 from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import os
 import re
-import signal
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from reader import Batches
-from utils import UserError
+from utils import UserError, decode
+
+if TYPE_CHECKING:
+    from engine.workers import Workers
 
 log = logging.getLogger('darts')
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = ('.jpeg', '.jpg', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff')
+SUFFIXES = ('.jpeg', '.jpg', '.jfif', '.jpe', '.png', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
+            '.pnm')
 # The admitted contents, whatever the suffix is: for some other formats Pillow runs external programs.
-FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF')
+FORMATS = ('JPEG', 'PNG', 'BMP', 'WEBP', 'GIF', 'TIFF', 'PPM')
 MAX_PIXELS = 1 << 26                        # of a file; the largest of ImageNet has 61 million
+MAX_JPEG_PIXELS = 1 << 27                   # a large JPEG is decoded at a smaller scale
+DARKEST_16_BIT = 4096                       # largest value of an image that uses the range of 16 bits
 
 SIZE, SHORT_SIDE = 224, 256                 # input of the network; short side after the resize for validation
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)   # of the random crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4
 HUE = 0.2
 MAX_UNREADABLE = 0.01                       # share of the images
+VALIDATION_FOLDERS = ('val', 'valid', 'test')        # names of the folder next to train, the first one is used
 
 
 class Samples(NamedTuple):
@@ -63,47 +66,95 @@ class ImageNet(NamedTuple):
 def load(data_dir: str, class_num: int) -> ImageNet:
     """Reads which images data_dir holds: train_list.txt and val_list.txt, or train/<class>/ and val/<class>/.
 
-    Raises UserError if there is neither, if a line of a list is not `path label` with a label below class_num, and
-    if train and val do not have the same class_num folders.
+    The folder val may be named valid or test. Raises UserError if there is neither, if a line of a list is not
+    `path label` with a label below class_num, if listed files do not exist, and if train and val do not have the same
+    class_num folders.
     """
     lists = [os.path.join(data_dir, name) for name in ('train_list.txt', 'val_list.txt')]
-    folders = [os.path.join(data_dir, name) for name in ('train', 'val')]
     if all(map(os.path.isfile, lists)):
         train, valid = (_read_list(path, data_dir, class_num) for path in lists)
         names = _names_by_folder(train, class_num)
-    elif all(map(os.path.isdir, folders)):
-        (names, train), (valid_names, valid) = map(_read_folder, folders)
-        if names != valid_names:
-            name = min(set(names) ^ set(valid_names))
-            raise UserError(f"{folders[0]} and {folders[1]} have different classes: only one of them has {name!r}")
-        if len(names) != class_num:
-            raise UserError(f"{folders[0]} has {len(names)} classes, but --class_num is {class_num}")
     else:
-        raise UserError(f"no ImageNet in {data_dir}: it must contain train_list.txt and val_list.txt with lines "
-                        "`path label`, or the folders train and val with one folder of images per class")
+        train_folder, valid_folder = find_folders(data_dir)
+        if not train_folder or not valid_folder:
+            raise UserError(f"no ImageNet in {data_dir}: it must contain train_list.txt and val_list.txt with lines "
+                            f"`path label`, or {LAYOUT}; it contains {contents_of(data_dir)}")
+        names, train, valid = read_folders(train_folder, valid_folder)
+        if len(names) != class_num:
+            raise UserError(f"{train_folder} has {len(names)} classes, but --class_num is {class_num}")
     return ImageNet('imagenet', class_num, names, train, valid, np.array(MEAN, 'float32'), np.array(STD, 'float32'))
+
+
+LAYOUT = f"train/<class>/<image> and {VALIDATION_FOLDERS[0]}/<class>/<image>"
 
 
 def _read_list(path, data_dir, class_num):
     try:
-        with open(path, encoding='utf-8') as file:
-            lines = file.read().split('\n')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    paths, labels = [], []
-    for number, line in enumerate(lines, 1):
+        with open(path, 'rb') as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    other_encoding = None
+    try:
+        text = decode(path, content)
+    except UserError as error:
+        if b'\0' in content:                    # UTF-16
+            raise
+        # The names of the files may have the encoding of the list: the system takes their bytes.
+        other_encoding, text = error, os.fsdecode(content)
+    paths, labels, hidden, malformed = [], [], 0, []
+    for number, line in enumerate(text.split('\n'), 1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(' ')
-        if not name.strip() or not re.fullmatch('[0-9]{1,9}', label):
-            raise UserError(f"{path} line {number} is not `path label`: {line[:80]!r}")
-        if int(label) >= class_num:
-            raise UserError(f"{path} line {number}: label {label} is not below --class_num {class_num}")
-        paths.append(os.path.join(data_dir, name.strip()))
-        labels.append(int(label))
+        match = re.fullmatch(r'(.*?)[\s,;]+([0-9]{1,9})', line.strip(), re.DOTALL)
+        name = match[1].strip('"\' \t') if match else ''
+        if not name:
+            malformed.append((number, line))
+            continue
+        if int(match[2]) >= class_num:
+            raise UserError(f"{path} line {number}: label {match[2]} is not below --class_num {class_num}")
+        if '\\' in name and not os.path.exists(os.path.join(data_dir, name)):
+            name = name.replace('\\', '/')
+        if is_hidden(os.path.basename(name)):
+            hidden += 1
+            continue
+        paths.append(os.path.join(data_dir, name))
+        labels.append(int(match[2]))
+    if malformed:
+        number, line = malformed[0]
+        hint = "; it looks like a header: remove the line" if number == 1 and len(malformed) == 1 and paths else ''
+        raise UserError(f"{path} line {number} is not `path label`: {line.strip()[:80]!r}{hint}")
     if not paths:
         raise UserError(f"{path} is empty: it must contain one line `path label` per image")
+    if hidden:
+        log.info(f"{path}: {hidden} files whose names begin with a dot are ignored")
+    _check_files(path, data_dir, paths, other_encoding)
     return Samples(paths, np.array(labels, 'int64'))
+
+
+def _check_files(path, data_dir, paths, other_encoding):
+    """Raises UserError when more than 1 % of the paths of the list `path` do not exist; warns of a smaller share."""
+    existing = {}
+    for folder in {os.path.dirname(each) for each in paths}:
+        try:
+            existing[folder] = {entry.name for entry in os.scandir(folder)}
+        except (OSError, ValueError):            # a null byte in the name
+            existing[folder] = set()
+    missing = [each for each in paths if os.path.basename(each) not in existing[os.path.dirname(each)]]
+    if not missing:
+        return
+    if other_encoding:
+        raise other_encoding
+    reason = ''
+    try:
+        if os.path.exists(os.fsencode(missing[0]).decode('gb18030')):
+            reason = f"; {path} is in GBK: convert it with iconv -f GB18030 -t UTF-8"
+    except (UnicodeError, ValueError):
+        pass
+    message = f"{path}: {len(missing)} of {len(paths)} files do not exist, the first is {missing[0]}{reason}"
+    if len(missing) > MAX_UNREADABLE * len(paths):
+        raise UserError(f"{message}; the paths are relative to {data_dir}")
+    log.warning(message)
 
 
 def _names_by_folder(samples, class_num):
@@ -114,17 +165,73 @@ def _names_by_folder(samples, class_num):
         len(pairs) == len(names) == len(set(names.values())) == class_num) else None
 
 
-def _read_folder(folder):
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        images = sorted(entry.path for entry in os.scandir(os.path.join(folder, name))
-                        if entry.name.lower().endswith(SUFFIXES))
-        if not images:
-            raise UserError(f"{os.path.join(folder, name)} is the folder of a class but has no image file "
-                            f"({', '.join(SUFFIXES)})")
-        paths += images
-        labels += [label] * len(images)
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder belongs to the system or a tool: .ipynb_checkpoints, ._x.jpg and __MACOSX of macOS."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
+def contents_of(folder: str) -> str:
+    """Returns the first names in a folder as a phrase for a message."""
+    try:
+        names = sorted(entry.name + '/' * entry.is_dir() for entry in os.scandir(folder) if not is_hidden(entry.name))
+    except OSError as error:
+        return f"nothing that can be read ({error.strerror or error})"
+    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '') if names else "no files"
+
+
+def find_folders(data_dir: str) -> tuple[str | None, str | None]:
+    """Returns the folders train and val (or valid, or test) in data_dir, None for one that does not exist."""
+    found = [path for name in VALIDATION_FOLDERS if os.path.isdir(path := os.path.join(data_dir, name))]
+    if len(found) > 1:
+        log.info(f"{found[0]} is used for validation, {' and '.join(found[1:])} not")
+    train = os.path.join(data_dir, 'train')
+    return train if os.path.isdir(train) else None, found[0] if found else None
+
+
+def read_folders(train: str, valid: str) -> tuple[tuple[str, ...], Samples, Samples]:
+    """Returns class names and the images of both folders of class folders; UserError when their classes differ."""
+    (names, train_samples), (valid_names, valid_samples) = map(read_class_folders, (train, valid))
+    if names != valid_names:
+        name = min(set(names) ^ set(valid_names))
+        raise UserError(f"{train} and {valid} have different classes: only one of them has {name!r}")
+    return names, train_samples, valid_samples
+
+
+def read_class_folders(folder: str) -> tuple[tuple[str, ...], Samples]:
+    """Returns the names of the class folders in `folder`, sorted, and their images.
+
+    Hidden files are ignored; files that are no images are counted in a log line. Raises UserError when there is no
+    class folder, or one without an image.
+    """
+    try:
+        entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        flat = sum(entry.name.lower().endswith(SUFFIXES) and not entry.is_dir() for entry in entries)
+        if not classes:
+            expected = os.path.join(folder, '<class>', '<image>')
+            raise UserError(f"{folder} has {flat} images but no folder per class: move each image into the folder of "
+                            f"its class, {expected}, or list the images of both halves with their labels in "
+                            "train_list.txt and val_list.txt (train_imagenet.py)" if flat else
+                            f"{folder} has no folder per class: expected {expected}")
+        paths, labels, ignored = [], [], Counter({'without a class': flat} if flat else {})
+        for label, name in enumerate(classes):
+            path = os.path.join(folder, name)
+            files = sorted((entry for entry in os.scandir(path) if not is_hidden(entry.name)), key=lambda e: e.name)
+            images = [entry.path for entry in files if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()]
+            if not images:
+                nested = f"it contains {contents_of(path)}" if files else "it is empty"
+                raise UserError(f"{path} is the folder of a class but has no image file ({', '.join(SUFFIXES)}): "
+                                f"{nested}; the layout is <class>/<image>")
+            chosen = set(images)
+            ignored.update(os.path.splitext(entry.name)[1].lower() or 'folders' for entry in files
+                           if entry.path not in chosen)
+            paths += images
+            labels += [label] * len(images)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from None
+    if ignored:
+        kinds = ', '.join(f'{count} {kind}' for kind, count in ignored.most_common(5))
+        log.info(f"{folder}: ignored {sum(ignored.values())} entries that are not images in a class folder: {kinds}")
     return tuple(classes), Samples(paths, np.array(labels, 'int64'))
 
 
@@ -137,8 +244,9 @@ Box = tuple[float, float, float, float]     # left, top, right, bottom in pixels
 def open_image(path: str) -> Image.Image:
     """Opens an image in the mode L or RGB, without its EXIF orientation applied; a JPEG is not decoded yet.
 
-    Raises any of Pillow's errors if the file is damaged or none of FORMATS, and ValueError if its header announces
-    more than MAX_PIXELS.
+    Values of more than 8 bits are scaled to 0..255: 16 bits from 0..65535; floats from 0..1, or from 0..255 when one is
+    above 1. Raises any of Pillow's errors if the file is damaged or none of FORMATS, and ValueError if its header
+    announces too many pixels, and if its values do not use the range of its mode, because it would become black.
     """
     image = Image.open(path, formats=FORMATS)
     try:
@@ -149,14 +257,25 @@ def open_image(path: str) -> Image.Image:
 
 
 def _as_l_or_rgb(image: Image.Image) -> Image.Image:
-    if math.prod(image.size) > MAX_PIXELS:
-        raise ValueError(f"its header announces {image.size[0]} x {image.size[1]} pixels")
+    limit = MAX_JPEG_PIXELS if image.format == 'JPEG' and image.mode in ('RGB', 'L') else MAX_PIXELS
+    if math.prod(image.size) > limit:
+        raise ValueError(f"its header announces {image.size[0]} x {image.size[1]} pixels, the limit for this format is "
+                         f"{limit / 1e6:.0f} million: reduce the image")
     if image.mode in ('RGB', 'L'):
         return image
     if image.mode.startswith(('I', 'F')):                   # 16 bits and more
         pixels = np.asarray(image, 'float64')
-        white = 65535 if pixels.max() > 255 else 255
-        return Image.fromarray(np.clip(pixels * (255 / white), 0, 255).astype('uint8'))
+        low, high = float(pixels.min()), float(pixels.max())
+        if image.mode == 'F':
+            white = 1 if high <= 1 else 255
+            valid = 0 <= low and high <= white              # false for NaN
+        else:
+            white = 65535
+            valid = 0 <= low and high <= white and (high >= DARKEST_16_BIT or high == 0)
+        if not valid:
+            raise ValueError(f"its mode is {image.mode} with values from {low:g} to {high:g}, which would become black "
+                             "or be cut off: scale them to 0..65535, or save them with 8 bits")
+        return Image.fromarray((pixels * (255 / white)).astype('uint8'))
     return image.convert('RGBA').convert('RGB') if image.mode in ('P', 'PA') else image.convert('RGB')
 
 
@@ -164,7 +283,7 @@ def crop_and_resize(image: Image.Image, box: Box, size: int) -> Image.Image:
     """Returns the part `box` of an image from `open_image` as RGB of size x size, with its EXIF orientation applied.
 
     A JPEG is decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 at which the box still has the size: 3 times as
-    fast for an image of 12 megapixels. Only the box is resized.
+    fast for an image of 12 megapixels. Only the box is resized. EXIF data that cannot be read are ignored.
     """
     width, height = image.size
     if image.format == 'JPEG':
@@ -173,7 +292,11 @@ def crop_and_resize(image: Image.Image, box: Box, size: int) -> Image.Image:
     scale = image.size[0] / width, image.size[1] / height
     box = (box[0] * scale[0], box[1] * scale[1], min(box[2] * scale[0], image.size[0]),
            min(box[3] * scale[1], image.size[1]))
-    return ImageOps.exif_transpose(image.resize((size, size), Image.Resampling.BILINEAR, box).convert('RGB'))
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box).convert('RGB')
+    try:
+        return ImageOps.exif_transpose(resized)
+    except Exception:                      # Pillow raises errors of many types for malformed metadata
+        return resized
 
 
 def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
@@ -302,71 +425,7 @@ class ImageBatches(Batches):
         # A rank that makes a shard of each batch sees a share of the images per epoch.
         count = max(int(self.seen.sum()), len(self.images) // self.shard[1])
         if len(self.unreadable) > MAX_UNREADABLE * count:
-            raise UserError(f"cannot read {len(self.unreadable)} of {count} images, the last of them "
-                            f"{list(self.unreadable)[-1]}: the data set is damaged, copy it again")
+            path, reason = list(self.unreadable.items())[-1]
+            raise UserError(f"cannot read {len(self.unreadable)} of {count} images, the last of them {path} ({reason})"
+                            ": copy them again, or remove them")
         return self._normalise(images), self.labels[chosen[sources]]
-
-
-class Workers:
-    """Processes that make batches, as a context manager; with count 0 the calling thread makes them.
-
-    Has to be created before Paddle computes for the first time: the processes are forked, and a fork does not copy
-    the threads of a computation but may copy the locks that they hold.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._pool, before = None, multiprocessing.active_children()
-        if count:
-            # Ctrl-C, and SIGTERM from a job scheduler, reach all processes of a run. Only the parent handles them,
-            # because it needs the workers until it has saved: they inherit this mask.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-            self._pool = ProcessPoolExecutor(count, multiprocessing.get_context('fork'), _exit_with_parent)
-            self._results = self._pool._result_queue._writer
-            list(self._pool.map(time.sleep, [0.1] * count))       # forks all of them, also where Python forks on demand
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.processes = [child for child in multiprocessing.active_children() if child not in before]
-
-    def call(self, function: Callable, *arguments: Any) -> Any:
-        """Returns function(*arguments), called in one of the processes. Raises UserError if one of them died."""
-        if not self._pool:
-            return function(*arguments)
-        try:
-            future = self._pool.submit(function, *arguments)
-            # The pool waits without end for the rest of a result if its worker died while it sent it.
-            while not wait([future], timeout=5).done:
-                if any(process.exitcode is not None for process in self.processes):
-                    raise BrokenProcessPool
-            return future.result()
-        except BrokenProcessPool:
-            raise UserError(f"a worker process that decodes images died ({self._death()}); if memory ran out, reduce "
-                            "--num_workers; --resume continues the run") from None
-
-    def _death(self):
-        deadline = time.time() + 2             # the pool notices a death before the exit code can be read
-        while not (codes := [process.exitcode for process in self.processes if process.exitcode]):
-            if time.time() > deadline:
-                return "unknown reason"
-            time.sleep(0.01)
-        return f"signal {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"exit code {codes[0]}"
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if not self._pool:
-            return
-        closing = threading.Thread(target=self._pool.shutdown, kwargs={'cancel_futures': True}, daemon=True)
-        closing.start()
-        while closing.is_alive():
-            if any(process.exitcode for process in self.processes):
-                for process in self.processes:           # they may wait for a lock that has died with one of them
-                    process.kill()
-                closing.join(1)
-                if closing.is_alive() and not self._results.closed:
-                    self._results.close()                # the last writer: the pool waits for the rest of a result
-            closing.join(0.02)
-
-
-def _exit_with_parent():
-    """Starts a thread that ends this worker when the parent ends, also by SIGKILL."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

@@ -6,6 +6,9 @@ running statistics another; their parts are named as in the authors' PyTorch cod
 """
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
 import engine  # noqa: F401  before paddle
@@ -22,6 +25,7 @@ from operations import (BN_EPSILON, BN_MOMENTUM, OPERATIONS, BatchNorm, conv, dr
 from utils import UserError
 
 AUXILIARY = 'auxiliary_head.'               # prefix of the names of its weights
+CLASSIFIERS = ('classifier.', AUXILIARY + 'classifier.')        # their weights depend on the number of classes
 
 
 class Cell:
@@ -91,11 +95,11 @@ class Cell:
 class AuxiliaryHead:
     """A classifier after the second reduction cell, for the training only (arXiv 1409.4842).
 
-    Its input of 8 x 8 (CIFAR, stride 3) or 7 x 7 (ImageNet, stride 2) is pooled to 2 x 2.
+    Its input of S x S is pooled to 2 x 2, with a kernel of 5/8 S (at most S - 1) and a stride of the rest: for the
+    authors' sizes, 8 x 8 (CIFAR) and 7 x 7 (ImageNet), these are their kernel of 5 and their strides of 3 and 2.
     """
 
-    def __init__(self, layout: FlatParameters, channels: int, classes: int, stride: int, last_norm: bool):
-        self.stride = stride
+    def __init__(self, layout: FlatParameters, channels: int, classes: int, last_norm: bool):
         names = [f'{AUXILIARY}features.{n}' for n in (2, 3, 5, 6)]
         self.reduce = layout.declare([f'{names[0]}.weight'], [128, channels, 1, 1])
         self.reduce_norm = BatchNorm(layout, [names[1]], 128, affine=True)
@@ -105,7 +109,9 @@ class AuxiliaryHead:
         self.classifier_bias = layout.declare([f'{AUXILIARY}classifier.bias'], [classes], bound=768 ** -0.5)
 
     def __call__(self, x):
-        x = F.avg_pool2d(F.relu(x), 5, self.stride, 0)                      # [N, C, 2, 2]
+        size = x.shape[2]
+        kernel = min(math.ceil(5 * size / 8), size - 1)
+        x = F.avg_pool2d(F.relu(x), kernel, size - kernel, 0)               # [N, C, 2, 2]
         x = F.relu(self.reduce_norm(conv(x, self.reduce)))
         x = conv(x, self.expand)                                            # [N, 768, 1, 1]
         x = F.relu(self.expand_norm(x) if self.expand_norm else x)
@@ -150,7 +156,7 @@ class Network(FlatNetwork):
         if auxiliary and with_training:
             self._check_auxiliary(layers)
             self.auxiliary_head = AuxiliaryHead(self.layout, self.cells[self.auxiliary_after].channels_out, classes,
-                                                *self.AUXILIARY_HEAD)
+                                                self.AUXILIARY_NORM)
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
         self._allocate(place, dtype, np.random.default_rng(seed))
@@ -161,11 +167,9 @@ class Network(FlatNetwork):
 
     def _check_auxiliary(self, layers: int) -> None:
         size, reductions = self.image_size // self.STEM_STRIDE, len({layers // 3, 2 * layers // 3})
-        stride, _ = self.AUXILIARY_HEAD
-        if (size // 2 ** reductions - 5) // stride != 1:
-            raise UserError(f"with --layers {layers} and images of {self.image_size} x {self.image_size} the auxiliary "
-                            f"head gets {size // 2 ** reductions} x {size // 2 ** reductions} and cannot be built: "
-                            "use 2 layers or more, or --auxiliary False")
+        if size // 2 ** reductions < 2:
+            raise UserError(f"images of {self.image_size} x {self.image_size} are too small for the auxiliary head, "
+                            "which gets a single pixel: use larger images, or --auxiliary False")
 
     @property
     def param_count(self) -> int:
@@ -251,16 +255,16 @@ class Network(FlatNetwork):
         """Returns the logits [N, classes] of images [N, 3, H, W], with running statistics."""
         return self._evaluate(**self.feed(images, np.zeros(len(images))))[3]
 
-    def load_weights(self, weights: dict[str, np.ndarray]) -> None:
-        """Sets all weights and running statistics from {name: array}.
+    def load_weights(self, weights: dict[str, np.ndarray], classifiers: bool = True) -> None:
+        """Sets all weights and running statistics from {name: array}; the classifiers keep theirs if not `classifiers`.
 
         An auxiliary head that is missing there keeps its weights; one that this network lacks is ignored. Raises
         UserError for any other weight that is missing, unknown or of a wrong shape.
         """
-        if not self.auxiliary_head:
-            weights = {name: array for name, array in weights.items() if not name.startswith(AUXILIARY)}
+        ignored = (() if classifiers else CLASSIFIERS) + (() if self.auxiliary_head else (AUXILIARY,))
+        weights = {name: array for name, array in weights.items() if not name.startswith(ignored)}
         has_auxiliary = any(name.startswith(AUXILIARY) for name in weights)
-        self.check_complete(weights, without=() if has_auxiliary else AUXILIARY)
+        self.check_complete(weights, without=ignored if has_auxiliary else (*ignored, AUXILIARY))
         self.set_weights(weights)
 
     def export(self, path: str) -> None:
@@ -283,10 +287,10 @@ class Network(FlatNetwork):
 
 
 class NetworkCIFAR(Network):
-    """The network for images of 32 x 32 (arXiv 1806.09055, section 3.2)."""
+    """The network for small images, by default of 32 x 32 (arXiv 1806.09055, section 3.2)."""
 
     IMAGE_SIZE, DIVISOR, STEM_STRIDE = 32, 4, 1
-    AUXILIARY_HEAD = (3, True)              # stride of its pool, whether it has the last BN
+    AUXILIARY_NORM = True                   # whether the auxiliary head has the last BN
 
     def _declare_stem(self, channels: int) -> tuple[int, int, bool]:
         """Declares the stem; returns the channels of s0 and s1, and whether the first cell has to reduce s0."""
@@ -303,7 +307,7 @@ class NetworkImageNet(Network):
     """The network for images of 224 x 224 (arXiv 1806.09055, section 3.3)."""
 
     IMAGE_SIZE, DIVISOR, STEM_STRIDE = 224, 32, 8
-    AUXILIARY_HEAD = (2, False)
+    AUXILIARY_NORM = False
 
     def _declare_stem(self, channels: int) -> tuple[int, int, bool]:
         layout = self.layout
@@ -322,11 +326,23 @@ class NetworkImageNet(Network):
         return outputs[1], outputs[2]
 
 
-def network_of(genotype: Genotype, weights: dict[str, np.ndarray], **settings) -> Network:
-    """Returns the network of a genotype with the weights {name: array}.
+class Shape(NamedTuple):
+    """The sizes of a network: those of its arguments that the names and shapes of its weights determine."""
+    kind: type[Network]
+    init_channels: int
+    class_num: int
+    layers: int
+    auxiliary: bool
 
-    Kind of network, channels, classes, cells and auxiliary head follow from names and shapes of the weights. settings:
-    of Network. Raises UserError for weights that are missing, unknown or of a wrong shape.
+    def as_metadata(self) -> dict:
+        """Returns the part that a file of weights records."""
+        return {name: int(getattr(self, name)) for name in ('init_channels', 'class_num', 'layers')}
+
+
+def shape_of(weights: dict[str, np.ndarray]) -> Shape:
+    """Returns the sizes of the network with the weights {name: array}.
+
+    Raises UserError when a weight that determines them is missing or has another number of dimensions.
     """
     def shape(name: str, dimensions: int) -> tuple:
         if name not in weights:
@@ -341,8 +357,17 @@ def network_of(genotype: Genotype, weights: dict[str, np.ndarray], **settings) -
     else:
         kind, channels = NetworkCIFAR, shape('stem.0.weight', 4)[0] // 3
     cells = {name.split('.')[1] for name in weights if name.startswith('cells.')}
-    auxiliary = any(name.startswith(AUXILIARY) for name in weights)
-    network = kind(genotype, channels, shape('classifier.weight', 2)[0], max(1, len(cells)),
-                   auxiliary=float(auxiliary), **settings)
+    return Shape(kind, channels, shape('classifier.weight', 2)[0], max(1, len(cells)),
+                 any(name.startswith(AUXILIARY) for name in weights))
+
+
+def network_of(genotype: Genotype, weights: dict[str, np.ndarray], **settings) -> Network:
+    """Returns the network of a genotype with the weights {name: array}, of the sizes that these determine.
+
+    settings: of Network. Raises UserError for weights that are missing, unknown or of a wrong shape.
+    """
+    shape = shape_of(weights)
+    network = shape.kind(genotype, shape.init_channels, shape.class_num, shape.layers,
+                         auxiliary=float(shape.auxiliary), **settings)
     network.load_weights(weights)
     return network

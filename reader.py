@@ -1,33 +1,29 @@
 """Loads the data sets and makes batches.
 
-A data set is held in memory as uint8 arrays. A batch is augmented and normalised by array operations on the entire
-batch. Its random generator is seeded with (seed, epoch, step), so a batch does not depend on earlier draws: any number
-of workers may prepare batches, and a resumed run continues with the same batches as an uninterrupted run.
+A data set is held in memory as uint8 arrays. custom_reader reads custom data and files in MNIST's format. A batch is
+augmented and normalised by array operations on the entire batch. Its random generator is seeded with (seed, epoch,
+step), so a batch does not depend on earlier draws: any number of workers may prepare batches, and a resumed run
+continues with the same batches as an uninterrupted run.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import hashlib
 import io
-import logging
 import math
 import os
 import pickle
-import re
-import struct
 import tarfile
 import threading
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from utils import UserError, boolean, number
-
-log = logging.getLogger('darts')
+from utils import UserError, boolean, check_class_num, number, path
 
 
 class Dataset(NamedTuple):
@@ -35,12 +31,20 @@ class Dataset(NamedTuple):
     name: str
     class_num: int
     class_names: tuple[str, ...]
-    train_images: np.ndarray     # uint8 [N, 3, 32, 32]
+    train_images: np.ndarray     # uint8 [N, 3, H, W], H = W
     train_labels: np.ndarray     # int64 [N]
     test_images: np.ndarray
     test_labels: np.ndarray
     mean: np.ndarray             # float32 [3], of pixels in 0..1
     std: np.ndarray
+    padding: int = 0             # width of the black border that the images have in addition to those of the files
+    checksum: int | None = None  # of all arrays of custom data
+    split: dict | None = None    # test_portion and seed, if the test set was drawn from class folders
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return self.train_images.shape[-1]
 
 
 class Cifar(NamedTuple):
@@ -59,7 +63,8 @@ class Cifar(NamedTuple):
 class Idx(NamedTuple):
     """A data set of four files in MNIST's format."""
     url: str | None              # of the folder; None if there is no download
-    md5: tuple[str, ...] | None  # of the four files, in the order of _IDX_FILES
+    md5: tuple[str, ...] | None  # of the four files, in the order of IDX_FILES
+    contents: tuple[str, ...]    # MD5 of the uncompressed files
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -76,8 +81,8 @@ _CIFAR100 = '''
     skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
     tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''
 _FASHION = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
-_IDX_FILES = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
-              't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')
+IDX_FILES = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
+             't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')
 
 DATASETS = {
     'cifar10': Cifar(
@@ -96,10 +101,16 @@ DATASETS = {
         _BCE + 'fashion_mnist/',
         ('8d4fb7e6c68d591d4c3dfef9ec88bf0d', '25c81989df183df01b3e8a0aad5dffbe',
          'bef4ecab320f06d8554ea6380940ec79', 'bb300cfdad3c16e7a12a480ee83cd310'),
+        ('f4a8712d7a061bf5bd6d2ca38dc4d50a', '9018921c3c673c538a1fc5bad174d6f9',
+         '8181f5470baa50b63fa0f6fddb340f0a', '15d484375f8d13e6eb1aabb0c3f46965'),
         _FASHION, (0.2860,) * 3, (0.3530,) * 3),
     # Part of the repository (scripts/dev/make_sample.py), so it has no download.
-    'fashion_mnist_sample': Idx(None, None, _FASHION, (0.2860,) * 3, (0.3530,) * 3),
+    'fashion_mnist_sample': Idx(
+        None, None, ('fc2dd2cd627f464cd717afe5a3ddc438', 'f2751a24eee86e9a35eee15ce0688f0d',
+                     '11dd45a03b42d5ec35028c55043cb759', '5a0a86476c6e811c477bdf994db101cc'),
+        _FASHION, (0.2860,) * 3, (0.3530,) * 3),
 }
+CUSTOM = ('folder', 'npz')       # the other values of --dataset: custom_reader
 
 IMAGE_SIZE = 32
 IDX_PADDING = 2                  # pixels per side, from 28 x 28 to 32 x 32
@@ -107,12 +118,34 @@ LARGEST_FILE = 1 << 29           # bytes, uncompressed; the published files have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of every script that reads one of DATASETS."""
+    """Adds the flags of every script that reads a data set into memory."""
     add = parser.add_argument
-    add('--dataset', default='cifar10', choices=sorted(DATASETS), help='data set (%(default)s)')
-    add('--data', default=None, help='folder of the data set; missing files are downloaded into it (dataset/NAME)')
+    add('--dataset', default='cifar10', choices=[*sorted(DATASETS), *CUSTOM],
+        help='data set; folder and npz: custom data (%(default)s)')
+    add('--data', type=path, default=None,
+        help='folder of the data set, into which missing files are downloaded (dataset/NAME); of --dataset folder: the '
+             'folder with train/CLASS/ and val/CLASS/, or with CLASS/ alone; of --dataset npz: the file')
+    add('--image_size', type=number(int, 8, 1024), default=None,
+        help='side in pixels, a multiple of 4, to which the images of --dataset folder are resized (32)')
+    add('--test_portion', type=number(float, 0, 1, open_low=True), default=None,
+        help='fraction of each class that is the test set of --dataset folder with CLASS/ alone (0.2)')
     add('--cutout', type=boolean, default=True, help='cutout augmentation: a random square is set to 0 (%(default)s)')
     add('--cutout_length', type=number(int, 1), default=16, help='side of the cutout square in pixels (%(default)s)')
+
+
+def load_for(args: argparse.Namespace) -> Dataset:
+    """Loads the data set of the flags, and sets class_num, image_size and, of custom data, data_checksum in args.
+
+    Decoded images are kept next to the folder of the run. Raises UserError when a flag contradicts the data set.
+    """
+    run = os.path.abspath(args.model_save_dir)
+    data = load(args.dataset, args.data, args.image_size, args.test_portion, args.seed, os.path.dirname(run))
+    args.class_num, args.image_size = check_class_num(args.class_num, data), data.image_size
+    args.data_checksum = data.checksum             # a run is not resumed with other images
+    if args.cutout and args.cutout_length >= data.image_size:
+        raise UserError(f"--cutout_length {args.cutout_length} covers images of {data.image_size} x {data.image_size}: "
+                        "choose a smaller one, or --cutout False")
+    return data
 
 
 def default_folder(name: str) -> str:
@@ -123,85 +156,60 @@ def default_folder(name: str) -> str:
     return folder
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
-    """Loads the data set `name` of DATASETS from data_dir (default: default_folder(name)).
+def load(name: str, data: str | None = None, image_size: int | None = None, test_portion: float | None = None,
+         seed: int = 0, cache_dir: str | None = None) -> Dataset:
+    """Loads the data set `name`, of DATASETS or CUSTOM, from the folder or file `data` (default: default_folder(name)).
 
     CIFAR is read from the published archive, or from the folder that it unpacks to, and has to have the published MD5.
-    Fashion-MNIST is read from its four files, gzipped or not. Missing files are downloaded into data_dir. Raises
-    UserError for an unknown name, for files that are missing and cannot be downloaded, and for invalid files.
+    Fashion-MNIST is read from its four files, gzipped or not. Missing files are downloaded into the folder. The other
+    arguments are those of custom_reader.load_folder. Raises UserError for an unknown name, for files that are missing
+    and cannot be downloaded, for invalid files, and for an argument that contradicts the data set.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    source, data_dir = DATASETS[name], data_dir or default_folder(name)
-    arrays = (_load_cifar if isinstance(source, Cifar) else _load_idx)(source, data_dir)
-    return Dataset(name, len(source.class_names), source.class_names, *arrays,
-                   np.array(source.mean, 'float32'), np.array(source.std, 'float32'))
+    import custom_reader                   # it uses Dataset and the functions below
+    if name not in DATASETS and name not in CUSTOM:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join([*DATASETS, *CUSTOM])}")
+    if name in CUSTOM and not data:
+        raise UserError(f"--dataset {name} needs --data {'FOLDER' if name == 'folder' else 'FILE'}")
+    if name == 'folder':
+        return custom_reader.load_folder(data, image_size, test_portion, seed, cache_dir)
+    if test_portion is not None:
+        raise UserError(f"--test_portion is for --dataset folder, {name} has its own test set: leave out the flag")
+    if name == 'npz':
+        dataset = custom_reader.load_npz(data)
+    elif isinstance(DATASETS[name], Cifar):
+        source = DATASETS[name]
+        dataset = Dataset(name, len(source.class_names), source.class_names,
+                          *_load_cifar(source, data or default_folder(name)),
+                          np.array(source.mean, 'float32'), np.array(source.std, 'float32'))
+    else:
+        dataset = custom_reader.load_idx(name, data or default_folder(name))
+    if image_size not in (None, dataset.image_size):
+        raise UserError(f"--image_size {image_size}: the images of {name} have {dataset.image_size} x "
+                        f"{dataset.image_size}, only those of --dataset folder are resized")
+    return dataset
 
 
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-def _damaged(path, reason):
-    # The reason may quote bytes of the file.
+def damaged(path: str, reason: object) -> UserError:
+    """Returns the error about a file with other contents than expected; reason may quote bytes of it."""
     reason = ''.join(c if c.isprintable() else '?' for c in str(reason)[:200]) or type(reason).__name__
-    return UserError(f"{path} is damaged or not in the expected format ({reason}): "
-                     "copy it again, or delete it to download it again")
+    return UserError(f"{path} is damaged or not in the expected format ({reason}): copy it again")
 
 
-def _download(files, folder):
-    """Downloads {url: MD5} into folder with Paddle's downloader, which verifies the MD5."""
-    from paddle.utils import download
-    paths = {url: os.path.join(folder, os.path.basename(url)) for url in files}
-    with _captured_log(download.logger, logging.getLogger('httpx')) as messages:
-        for url, md5 in files.items():
-            log.info(f"downloading {url} to {folder}")
-            try:
-                download.get_path_from_url(url, folder, md5sum=md5, decompress=False)
-            except Exception as error:         # the downloader passes on errors of many kinds
-                # The downloader logs the reason; its exception only states that it gave up.
-                reasons = re.findall('failed with exception (.+)|(md5 check failed)', '\n'.join(messages))
-                reason = ''.join(reasons[-1]) if reasons else error
-                if reason == 'md5 check failed' and os.path.isfile(paths[url]):
-                    os.remove(paths[url])      # otherwise the next run would use the wrong file
-                missing = [url for url in files if not os.path.isfile(paths[url])]
-                names = ', '.join(os.path.basename(url) for url in missing)
-                be, them = ('are', 'them') if len(missing) > 1 else ('is', 'it')
-                raise UserError(
-                    f"{names} {be} not in {folder} and could not be downloaded ({reason}): "
-                    f"get {them} from {' '.join(missing)} and put {them} there") from None
-
-
-@contextlib.contextmanager
-def _captured_log(*loggers):
-    """Collects the messages of `loggers` in a list (the context's value) instead of printing them."""
-    messages, levels = [], [logger.level for logger in loggers]
-
-    def capture(record):
-        messages.append(record.getMessage())
-        return False                           # drops the record
-    for logger in loggers:
-        logger.addFilter(capture)
-        logger.setLevel(logging.INFO)
-    try:
-        yield messages
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.removeFilter(capture)
-            logger.setLevel(level)
-
-
-def _read(path, open_file=open):
+def read_file(path: str, open_file: Callable = open) -> bytes:
     """Returns the content of a file; gzip.open as open_file unpacks it and verifies gzip's checksum."""
     try:
         with open_file(path, 'rb') as file:
             content = file.read(LARGEST_FILE + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): "
                         "check its permissions, or copy it again") from None
     if len(content) > LARGEST_FILE:
-        raise _damaged(path, f"more than {LARGEST_FILE} bytes")
+        raise damaged(path, f"more than {LARGEST_FILE} bytes")
     return content
 
 
@@ -214,7 +222,7 @@ def _md5(content):
 
 def _load_cifar(source, folder):
     """-> train images, train labels, test images, test labels."""
-    archive = os.path.join(folder, os.path.basename(source.url))
+    archive = folder if os.path.isfile(folder) else os.path.join(folder, os.path.basename(source.url))
     files = {**source.train, **source.test}
     unpacked = [path for path in (os.path.join(folder, source.folder), folder)
                 if any(os.path.isfile(os.path.join(path, name)) for name in files)]
@@ -223,7 +231,8 @@ def _load_cifar(source, folder):
                    for name, md5 in files.items()}
     else:
         if not os.path.isfile(archive):
-            _download({source.url: source.md5}, folder)
+            from engine.download import download           # imports Paddle
+            download({source.url: source.md5}, folder, (os.path.basename(source.url), source.folder, *files))
         content = _read_verified(archive, source.md5, source.url)
         with tarfile.open(fileobj=io.BytesIO(content), mode='r:gz') as tar:
             # In the order of the archive: going back in it would decompress it again.
@@ -237,7 +246,7 @@ def _read_verified(path, md5, url):
     """Returns the content of a file that has this MD5; UserError for a missing and for any other file."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: copy the complete folder again, or download {url} again")
-    content = _read(path)
+    content = read_file(path)
     found = _md5(content)
     if found != md5:
         raise UserError(f"{path} has the MD5 {found} instead of the published {md5}, so it is not read: "
@@ -255,62 +264,10 @@ def _unpickle(content, label_key):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Fashion-MNIST: four files in MNIST's format
-
-def _load_idx(source, folder):
-    """-> train images, train labels, test images, test labels."""
-    def find(name):
-        """-> the path of the gzipped or else of the unpacked file; None if both are missing."""
-        paths = (os.path.join(folder, name), os.path.join(folder, name[:-3]))
-        return next((path for path in paths if os.path.isfile(path)), None)
-
-    missing = [name for name in _IDX_FILES if find(name) is None]
-    if missing and source.url is None:
-        raise UserError(f"{os.path.join(folder, missing[0])} is missing: it is part of the repository, "
-                        "so check it out again or omit --data")
-    if missing:
-        _download({source.url + name: source.md5[_IDX_FILES.index(name)] for name in missing}, folder)
-    paths, arrays = [find(name) for name in _IDX_FILES], []
-    for images_path, labels_path in (paths[:2], paths[2:]):
-        images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
-        if images.shape[1:] != (28, 28) or not len(images):
-            raise _damaged(images_path, f"array of shape {images.shape}, not images of 28 x 28")
-        if len(images) != len(labels):
-            raise _damaged(images_path, f"{len(images)} images for {len(labels)} labels")
-        if labels.max() >= len(source.class_names):
-            raise _damaged(labels_path, f"label {labels.max()}, expected 0 to {len(source.class_names) - 1}")
-        images = np.pad(images, ((0, 0), *[(IDX_PADDING, IDX_PADDING)] * 2))       # [N, 32, 32]
-        arrays += [np.repeat(images[:, None], 3, axis=1), labels.astype('int64')]
-    if source.md5:
-        # Users replace these files by custom data, so another checksum is accepted.
-        others = [os.path.basename(path) for path, md5 in zip(paths, source.md5)
-                  if path.endswith('.gz') and _md5(_read(path)) != md5]
-        if others:
-            log.warning(f"{folder}: {', '.join(others)} without the published MD5 (repacked or replaced), "
-                        "used anyway")
-    return arrays
-
-
-def read_idx(path: str, dimensions: int) -> np.ndarray:
-    """Returns the uint8 array of a file in MNIST's format, gzipped (.gz) or not.
-
-    dimensions: of the array; 3 for images, 1 for labels. Raises UserError for any other file.
-    """
-    content = _read(path, gzip.open if path.endswith('.gz') else open)
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes([0, 0, 8, dimensions]):
-        raise _damaged(path, f"no header of a uint8 array with {dimensions} dimensions")
-    shape = struct.unpack(f'>{dimensions}I', content[4:header])
-    if len(content) - header != np.prod(shape, dtype=object) or len(content) == header:
-        raise _damaged(path, f"{len(content) - header} bytes of data for an array of shape {shape}")
-    return np.frombuffer(content, 'uint8', offset=header).reshape(shape)
-
-
-# ---------------------------------------------------------------------------------------------------
 # Batches
 
 # The second element of a generator's seed, which keeps the random streams apart.
-ORDER, AUGMENTATION, RANDOM_BATCH, SPLIT, DROP_PATH = range(5)
+ORDER, AUGMENTATION, RANDOM_BATCH, SPLIT, DROP_PATH, TEST_SPLIT = range(6)
 
 
 def split(count: int, train_portion: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -329,7 +286,8 @@ def split(count: int, train_portion: float, seed: int) -> tuple[np.ndarray, np.n
 class Batches:
     """Batches of a set of images as a function of (epoch, step); len() is the number of steps per epoch.
 
-    images: uint8 [N, 3, H, W]; labels: [N]; mean, std: [3], of pixels in 0..1.
+    images: uint8 [M, 3, H, W]; labels: [M]; mean, std: [3], of pixels in 0..1. subset: indices [N] of the images to
+    use, all of them when None: a copy of the part of a large data set would need its memory again.
     shuffle: use a new order in each epoch; drop_last: leave out the images after the last full batch.
     augment: random crop after padding by 4, random horizontal flip, and cutout with a square of side cutout_length
     (0: no cutout).
@@ -340,22 +298,23 @@ class Batches:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, batch_size: int, mean, std, *, seed: int,
                  shuffle: bool, augment: bool = False, cutout_length: int = 0, drop_last: bool = False,
-                 shard: tuple[int, int] = (0, 1)):
-        if not 1 <= batch_size <= len(images):
-            raise UserError(f"a batch of {batch_size} images cannot be drawn from {len(images)}: "
-                            f"choose a --batch_size from 1 to {len(images)}")
+                 shard: tuple[int, int] = (0, 1), subset: np.ndarray | None = None):
+        self.count = len(images) if subset is None else len(subset)
+        if not 1 <= batch_size <= self.count:
+            raise UserError(f"a batch of {batch_size} images cannot be drawn from {self.count}: "
+                            f"choose a --batch_size from 1 to {self.count}")
         if cutout_length < 0:
             raise UserError(f"cutout_length {cutout_length} is negative: choose a --cutout_length of at least 0")
         self.images, self.labels = images, np.asarray(labels, 'int64').reshape(-1, 1)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.augment, self.cutout_length, self.drop_last = augment, cutout_length, drop_last
-        self.shard = shard
+        self.shard, self.subset = shard, subset
         mean, std = (np.asarray(values, 'float32').reshape(3, 1, 1) for values in (mean, std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self._order, self._lock = (None, None), threading.Lock()
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
+        full, rest = divmod(self.count, self.batch_size)
         return full if self.drop_last or not rest else full + 1
 
     def batch(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -368,15 +327,15 @@ class Batches:
     def random_batch(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns a batch of batch_size different images of the set, drawn independently of other steps."""
         key = [self.seed, RANDOM_BATCH, epoch, step]
-        chosen = np.random.default_rng(key).choice(len(self.images), self.batch_size, replace=False)
+        chosen = np.random.default_rng(key).choice(self.count, self.batch_size, replace=False)
         return self._make(chosen, [self.seed, AUGMENTATION, RANDOM_BATCH, epoch, step])
 
     def _epoch_order(self, epoch):
         if not self.shuffle:
-            return np.arange(len(self.images))
+            return np.arange(self.count)
         with self._lock:
             if self._order[0] != epoch:
-                order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.images))
+                order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.count)
                 self._order = epoch, order
             return self._order[1]
 
@@ -387,7 +346,8 @@ class Batches:
 
     def _make(self, chosen, key):
         shard = self._shard_slice(len(chosen))
-        images, labels = self.images[chosen[shard]], self.labels[chosen[shard]]
+        places = chosen[shard] if self.subset is None else self.subset[chosen[shard]]
+        images, labels = np.ascontiguousarray(self.images[places]), self.labels[places]
         if not self.augment:
             return self._normalise(images), labels
         # Drawn for the entire batch, so that an image's augmentation does not depend on the shards.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,10 @@ from engine import distributed, trainer
 from engine.checkpoint import Run, read_weights, write_arrays
 from engine.console import log
 from engine.optimizers import MomentumSGD
-from model import Network, NetworkCIFAR
+from imagenet_reader import find_folders
+from model import Network, NetworkCIFAR, NetworkImageNet, shape_of
 from operations import OPERATIONS
+from utils import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,27 +41,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     place = trainer.start(args)
-    genotype = genotypes.load(args.arch, OPERATIONS)
-    pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
-
-    data = distributed.local_rank0_first(lambda: reader.load(args.dataset, args.data))
-    args.class_num = utils.check_class_num(args.class_num, data)
+    genotype, pretrained = load_architecture(args, NetworkCIFAR)
+    data = distributed.local_rank0_first(lambda: reader.load_for(args))
+    if args.eval_only:
+        data = pretrained.normalisation_of(data)
     common = dict(mean=data.mean, std=data.std, seed=args.seed, shard=(distributed.rank, distributed.world_size))
     test = reader.Batches(data.test_images, data.test_labels, min(args.batch_size, len(data.test_images)),
                           shuffle=False, **common)
     shape = genotype, args.init_channels, args.class_num, args.layers
     if args.eval_only:
         trainer.set_up(args, place)
-        evaluate_weights(NetworkCIFAR(*shape, with_training=False, place=place), pretrained, test, args)
+        evaluate_weights(NetworkCIFAR(*shape, with_training=False, place=place, image_size=data.image_size),
+                         pretrained, data, test, args)
         return
 
     train = reader.Batches(data.train_images, data.train_labels, args.batch_size, shuffle=True, augment=True,
                            cutout_length=args.cutout_length if args.cutout else 0, drop_last=True, **common)
     run = begin_run(args, genotype, place)
     network = NetworkCIFAR(*shape, auxiliary=args.auxiliary_weight if args.auxiliary else 0.0, seed=args.seed,
-                           use_drop_path=args.drop_path_prob > 0, place=place)
+                           use_drop_path=args.drop_path_prob > 0, place=place, image_size=data.image_size)
     if pretrained:
-        network.load_weights(pretrained)
+        pretrained.load_into(network)
     training = Training(args, network, train, test, run, data,
                         learning_rate=lambda epoch: utils.cosine(epoch, args.epochs, args.learning_rate))
     training.announce()
@@ -80,8 +83,11 @@ class Training:
         self.optimizer = MomentumSGD(self.store, args.momentum, args.weight_decay, args.grad_clip)
         self.steps, self.batch = len(train), train.batch
         self.store.host_state['best_top1'] = -1.0
-        self.metadata = {'genotype': args.genotype, 'dataset': data.name, 'class_names': data.class_names,
-                         'mean': data.mean.tolist(), 'std': data.std.tolist()}
+        self.metadata = {'genotype': args.genotype, 'init_channels': args.init_channels, 'layers': args.layers,
+                         'class_num': args.class_num, 'image_size': network.image_size,
+                         'padding': getattr(data, 'padding', 0), 'split': getattr(data, 'split', None),
+                         'data_checksum': getattr(data, 'checksum', None), 'dataset': data.name,
+                         'class_names': data.class_names, 'mean': data.mean.tolist(), 'std': data.std.tolist()}
 
     def announce(self) -> None:
         """Logs the size of the network, and prepares its programs."""
@@ -123,9 +129,78 @@ def begin_run(args: argparse.Namespace, genotype: genotypes.Genotype, place) -> 
     return run
 
 
-def evaluate_weights(network: Network, weights: dict, test, args: argparse.Namespace) -> None:
-    """Logs loss and accuracies of the weights {name: array} on the test set: --eval_only."""
-    network.load_weights(weights)
+class Pretrained(NamedTuple):
+    """The content of a file of weights: --pretrained."""
+    path: str
+    metadata: dict
+    weights: dict[str, np.ndarray]
+
+    def normalisation_of(self, data):
+        """Returns a data set with the normalisation of the images that trained the weights."""
+        return data._replace(**{name: np.array(self.metadata[name], 'float32') for name in ('mean', 'std')
+                                if self.metadata.get(name)})
+
+    def check_data(self, data) -> None:
+        """Raises UserError when the weights are for other classes or sizes of images than those of the data set."""
+        names, count = self.metadata.get('class_names'), shape_of(self.weights).class_num
+        size, found = self.metadata.get('image_size'), getattr(data, 'image_size', None)
+        if size and found and size != found:
+            raise UserError(f"{self.path} is for images of {size} x {size}, {data.name} has {found} x {found}")
+        if self.metadata.get('split') and self.metadata['data_checksum'] != data.checksum:
+            log.warning(f"the images are not those that {self.path} was trained with: as the test set was drawn from "
+                        "them, it may have images that trained the weights")
+        if count != data.class_num:
+            raise UserError(f"{self.path} is for {count} classes, {data.name} has {data.class_num}")
+        if names and data.class_names and list(names) != list(data.class_names):
+            pair = next(pair for pair in zip(names, data.class_names) if pair[0] != pair[1])
+            raise UserError(f"{self.path} is for other classes than those of {data.name}: {pair[0]!r} there, "
+                            f"{pair[1]!r} here")
+
+    def load_into(self, network: Network) -> None:
+        """Sets the weights of a network; its classifiers keep theirs when it has another number of classes."""
+        count = shape_of(self.weights).class_num
+        if count != network.classes:
+            log.info(f"{self.path} is for {count} classes: all its weights but those of the classifiers are loaded")
+        network.load_weights(self.weights, classifiers=count == network.classes)
+
+
+def load_architecture(args: argparse.Namespace, kind: type[Network]) -> tuple[genotypes.Genotype, Pretrained | None]:
+    """Returns the genotype to train or to evaluate, and the content of --pretrained, or None without it.
+
+    With --pretrained the genotype, init_channels and layers are those of the file, and with --eval_only the number of
+    classes too: they are set in args. Raises UserError when a flag contradicts the file.
+    """
+    given = vars(args).pop('given')
+    if not args.pretrained:
+        return genotypes.load(args.arch, OPERATIONS), None
+    metadata, weights = read_weights(args.pretrained)
+    genotype = genotypes.of_weights(args.pretrained, metadata, args.arch if 'arch' in given else None, OPERATIONS)
+    try:
+        shape = shape_of(weights)
+    except UserError as error:
+        raise UserError(f"{args.pretrained} does not hold the weights of a network: {error}") from None
+    if shape.kind is not kind:
+        script = 'train_imagenet.py' if shape.kind is NetworkImageNet else 'train.py'
+        raise UserError(f"{args.pretrained} holds the weights of a {shape.kind.__name__}: use {script}")
+    sizes = {'init_channels': shape.init_channels, 'layers': shape.layers}
+    if args.eval_only:
+        sizes['class_num'] = shape.class_num
+        if metadata.get('split') and args.dataset == 'folder' and not all(find_folders(args.data or '.')):
+            sizes.update(metadata['split'])        # in another split the test set has images that trained the weights
+    if getattr(args, 'dataset', None) == 'folder' and 'image_size' not in given:
+        args.image_size = metadata.get('image_size')
+    for name, value in sizes.items():
+        if name in given and getattr(args, name) != value:
+            raise UserError(f"--{name} {getattr(args, name)} contradicts {args.pretrained}, which has {value}: "
+                            f"leave out --{name}")
+        setattr(args, name, value)
+    return genotype, Pretrained(args.pretrained, metadata, weights)
+
+
+def evaluate_weights(network: Network, pretrained: Pretrained, data, test, args: argparse.Namespace) -> None:
+    """Logs loss and accuracies of weights on the test set of a data set: --eval_only."""
+    pretrained.check_data(data)
+    network.load_weights(pretrained.weights)
     meter = trainer.evaluate(network, test, args)
     log.info(f"{trainer.as_text(meter.means('test'), 'test')} ({meter.images:.0f} images)")
 

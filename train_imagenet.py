@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import functools
 
-import genotypes
 import imagenet_reader
 import utils
 from engine import distributed, trainer
-from engine.checkpoint import read_weights
+from engine.workers import Workers
 from model import NetworkImageNet
-from operations import OPERATIONS
-from train import Training, begin_run, evaluate_weights
+from train import Training, begin_run, evaluate_weights, load_architecture
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Train the network of a genotype on ImageNet.")
     add = parser.add_argument
-    add('--data_dir', default='dataset/ILSVRC2012',
+    add('--data_dir', type=utils.path, default='dataset/ILSVRC2012',
         help='folder with train_list.txt and val_list.txt, or with train/<class>/ and val/<class>/ (%(default)s)')
     utils.add_common_arguments(parser, batch_size=128, learning_rate=0.1, weight_decay=3e-5, epochs=250,
                                init_channels=48, layers=14, model_save_dir='eval_imagenet', report_freq=100,
@@ -39,15 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    with imagenet_reader.Workers(args.num_workers) as workers:
+    with Workers(args.num_workers) as workers:
         train_or_evaluate(args, workers)
 
 
-def train_or_evaluate(args: argparse.Namespace, workers: imagenet_reader.Workers) -> None:
+def train_or_evaluate(args: argparse.Namespace, workers: Workers) -> None:
     place = trainer.start(args)
-    genotype = genotypes.load(args.arch, OPERATIONS)
-    pretrained = read_weights(args.pretrained)[1] if args.pretrained else None
-
+    genotype, pretrained = load_architecture(args, NetworkImageNet)
     data = imagenet_reader.load(args.data_dir, args.class_num)
     make_batches = functools.partial(imagenet_reader.ImageBatches, workers=workers, seed=args.seed,
                                      shard=(distributed.rank, distributed.world_size))
@@ -55,7 +51,7 @@ def train_or_evaluate(args: argparse.Namespace, workers: imagenet_reader.Workers
     shape = genotype, args.init_channels, args.class_num, args.layers
     if args.eval_only:
         trainer.set_up(args, place)
-        evaluate_weights(NetworkImageNet(*shape, with_training=False, place=place), pretrained, test, args)
+        evaluate_weights(NetworkImageNet(*shape, with_training=False, place=place), pretrained, data, test, args)
         return
 
     train = make_batches(data.train, args.batch_size, shuffle=True, augment=True, drop_last=True)
@@ -63,7 +59,7 @@ def train_or_evaluate(args: argparse.Namespace, workers: imagenet_reader.Workers
     network = NetworkImageNet(*shape, auxiliary=args.auxiliary_weight if args.auxiliary else 0.0, seed=args.seed,
                               label_smooth=args.label_smooth, use_drop_path=args.drop_path_prob > 0, place=place)
     if pretrained:
-        network.load_weights(pretrained)
+        pretrained.load_into(network)
     training = Training(args, network, train, test, run, data,
                         learning_rate=lambda epoch: utils.exponential(epoch, args.learning_rate, args.decay_rate))
     training.announce()

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--stop_at_skips', type=utils.number(int, 1), metavar='N',
         help='number of skip_connect in the normal cell that ends the search; genotype.json is then the last genotype '
              'with fewer (no limit)')
-    add('--pretrained', metavar='PATH', help='initial weights (and alpha) of a supernet, an .npz of '
+    add('--pretrained', type=utils.path, metavar='PATH', help='initial weights (and alpha) of a supernet, an .npz of '
         'scripts/convert_weights.py')
     args = parser.parse_args(argv)
     if args.stop_at_skips is not None and args.stop_at_skips > 2 * args.nodes:
@@ -66,7 +66,7 @@ class Search:
         self.args, self.run = args, run
         self.space = SearchSpace(args.primitives, args.nodes)
         self.supernet = Supernet(args.init_channels, args.class_num, args.layers, seed=args.seed, place=place,
-                                 space=self.space)
+                                 space=self.space, image_size=data.image_size)
         self.tables = {name: (self.space.edge_names, self.space.primitives) for name in self.supernet.alphas()}
         self.store = self.supernet.store
         self.optimizer = MomentumSGD(self.store, args.momentum, args.weight_decay, args.grad_clip)
@@ -76,10 +76,10 @@ class Search:
         common = dict(batch_size=args.batch_size, mean=data.mean, std=data.std, seed=args.seed,
                       shard=(distributed.rank, distributed.world_size))
         self.train = reader.Batches(
-            data.train_images[train], data.train_labels[train], shuffle=True, augment=True,
+            data.train_images, data.train_labels, subset=train, shuffle=True, augment=True,
             cutout_length=args.cutout_length if args.cutout else 0, drop_last=True, **common)
         self.valid = reader.Batches(
-            data.train_images[valid], data.train_labels[valid], shuffle=False, drop_last=False, **common)
+            data.train_images, data.train_labels, subset=valid, shuffle=False, drop_last=False, **common)
         self.steps = len(self.train)
 
     def learning_rate(self, epoch: int) -> float:
@@ -168,8 +168,7 @@ def main() -> None:
         metadata, pretrained = read_weights(args.pretrained)
         recorded = genotypes.recorded_space(args.pretrained, metadata)
         SearchSpace(args.primitives, args.nodes).check_recorded(args.pretrained, recorded)
-    data = distributed.local_rank0_first(lambda: reader.load(args.dataset, args.data))
-    args.class_num = utils.check_class_num(args.class_num, data)
+    data = distributed.local_rank0_first(lambda: reader.load_for(args))
     run = Run(args)
     trainer.set_up(args, place)
     search = Search(args, data, run, place)

@@ -222,8 +222,9 @@ def add_common_arguments(parser: Parser, *, batch_size: int, learning_rate: floa
 def add_training_arguments(parser: Parser, *, drop_path_prob: float) -> None:
     """Adds the flags that train.py and train_imagenet.py have in addition to the common ones."""
     add = parser.add_argument
-    add('--arch', default='DARTS_PADDLE',
-        help='name of a genotype in genotypes.py, or path of a genotype.json (%(default)s)')
+    add('--arch', type=path, default='DARTS_PADDLE',
+        help='genotype: a name in genotypes.py, the path of a genotype.json, or Genotype(normal=..., ...) as a quoted '
+             'text or in a file (%(default)s)')
     add('--auxiliary', type=boolean, default=True,
         help='training with an auxiliary classifier after the second reduction cell (%(default)s)')
     add('--auxiliary_weight', type=number(float, 0), default=0.4,
@@ -236,9 +237,10 @@ def add_training_arguments(parser: Parser, *, drop_path_prob: float) -> None:
 
 
 def check_training_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """Ends with one line when flags contradict each other; returns args."""
+    """Ends with one line when flags contradict each other; returns args, with parser.given as `given`."""
     if args.eval_only and not args.pretrained:
         parser.error("--eval_only needs the weights to evaluate: --pretrained PATH")
+    args.given = parser.given
     return args
 
 

@@ -297,7 +297,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, np.ndarray]]:
 def read_weights(path: str) -> tuple[dict, dict[str, np.ndarray]]:
     """Returns (metadata, {name: array}) of a weight file that a training or a conversion wrote.
 
-    metadata: {'genotype', 'dataset', 'class_names', 'mean', 'std'}, of a supernet {'space'}, without the unknown ones.
+    metadata: {'genotype', 'init_channels', 'layers', 'class_num', 'image_size', 'dataset', 'class_names', 'mean',
+    'std'}, of a supernet {'space', 'init_channels', 'layers', 'class_num'}, without the unknown ones.
     Raises UserError for any other file.
     """
     try:

@@ -13,9 +13,13 @@ log = logging.getLogger('darts')
 
 
 def start_log(path: str | None = None) -> None:
-    """Sends log lines to the console and, if given, to the file `path`; ranks other than 0 log warnings only."""
+    """Sends log lines to the console and, if given, to the file `path`; ranks other than 0 log warnings only.
+
+    The file also gets the lines since the last call without a path, which come before the folder of a run is open.
+    """
     log.setLevel(logging.INFO if distributed.is_main else logging.WARNING)
     log.propagate = False            # Paddle installs a handler on the root logger
+    early = [record for handler in log.handlers if isinstance(handler, _Early) for record in handler.records]
     for handler in log.handlers:
         with contextlib.suppress(OSError):         # a full disk
             handler.close()
@@ -23,7 +27,22 @@ def start_log(path: str | None = None) -> None:
     if path:
         handler = _LogFile(path, encoding='utf-8', errors='backslashreplace')        # a name of a file may be no text
         handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%Y-%m-%d %H:%M:%S'))
+        for record in early:
+            handler.handle(record)
         log.addHandler(handler)
+    else:
+        log.addHandler(_Early())
+
+
+class _Early(logging.Handler):
+    """Keeps the lines for a file that is opened later."""
+
+    def __init__(self):
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 class _Console(logging.Handler):

@@ -25,7 +25,7 @@ import operations
 import utils
 from engine import checkpoint
 from genotypes import DARTS_SPACE, SearchSpace
-from model import network_of
+from model import network_of, shape_of
 from model_search import Supernet
 from utils import UserError
 
@@ -74,12 +74,18 @@ def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SP
     for name, dimensions in (('stem.0.weight', 4), ('classifier.weight', 2)):
         if np.ndim(weights.get(name)) != dimensions:
             raise UserError(f"weight {name!r} is missing or does not have {dimensions} dimensions")
-    layers = len({name.split('.')[1] for name in weights if name.startswith('cells.')})
+    channels, classes, layers = _sizes_of_supernet(weights).values()
     # Shapes without numbers must not reserve memory; twice the size, so that a weight that is missing is named below.
-    supernet = Supernet(len(weights['stem.0.weight']) // 3, len(weights['classifier.weight']), layers,
-                        space=space, build_programs=False, max_size=2 * sum(map(np.size, weights.values())))
+    supernet = Supernet(channels, classes, layers, space=space, build_programs=False,
+                        max_size=2 * sum(map(np.size, weights.values())))
     supernet.load_weights(weights)
     return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
+
+
+def _sizes_of_supernet(weights: dict[str, np.ndarray]) -> dict:
+    """Returns the sizes of a supernet, as its file of weights records them."""
+    return {'init_channels': len(weights['stem.0.weight']) // 3, 'class_num': len(weights['classifier.weight']),
+            'layers': len({name.split('.')[1] for name in weights if name.startswith('cells.')})}
 
 
 def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]:
@@ -206,6 +212,7 @@ def convert(source: str, target: str, arch: str | None, space: dict | None = Non
     except UserError as error:
         raise UserError(f"{source} does not fit {arch or f'a supernet of {space}'}: {error}") from None
     if target.endswith('.npz'):
+        metadata.update(shape_of(weights).as_metadata() if genotype else _sizes_of_supernet(weights))
         utils.write_file(target, lambda file: checkpoint.write_arrays(file, metadata, weights))
     else:
         write_state_dict(target, to_state_dict(weights))
@@ -215,7 +222,7 @@ def convert(source: str, target: str, arch: str | None, space: dict | None = Non
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument('--arch', help='genotype of a discrete network: a name in genotypes.py or a genotype.json')
+    kind.add_argument('--arch', help='genotype of a discrete network, as of train.py')
     kind.add_argument('--supernet', action='store_true', help='conversion of the weights of a supernet of the search')
     operations.add_arguments(parser, with_defaults=False)
     parser.add_argument('source', help='file to convert, .pt or .npz')

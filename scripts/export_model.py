@@ -42,10 +42,14 @@ def describe(network: Network, metadata: dict, dataset: str | None, class_names:
         known = {'mean': imagenet_reader.MEAN, 'std': imagenet_reader.STD, 'class_names': None}
         sizes = {'size': imagenet_reader.SIZE, 'short_side': imagenet_reader.SHORT_SIDE, 'padding': 0}
     else:
-        source = reader.DATASETS.get(dataset or metadata.get('dataset'), reader.DATASETS['cifar10'])
+        name = dataset or metadata.get('dataset')
+        source = reader.DATASETS.get(name, reader.DATASETS['cifar10'])
         known = {'mean': source.mean, 'std': source.std, 'class_names': source.class_names}
-        padding = reader.IDX_PADDING if isinstance(source, reader.Idx) else 0
-        sizes = {'size': reader.IMAGE_SIZE, 'short_side': reader.IMAGE_SIZE - 2 * padding, 'padding': padding}
+        padding = reader.IDX_PADDING if isinstance(source, reader.Idx) else 0      # where it is not recorded
+        padding = padding if dataset else metadata.get('padding', padding)
+        sizes = {'size': network.image_size, 'short_side': network.image_size - 2 * padding, 'padding': padding}
+        if name in reader.CUSTOM:
+            known['class_names'] = None
     if not dataset:
         known.update((key, metadata[key]) for key in known if metadata.get(key))
     if class_names:
@@ -58,11 +62,7 @@ def describe(network: Network, metadata: dict, dataset: str | None, class_names:
 
 def read_class_names(path: str) -> list[str]:
     """Returns the lines of a text file that are not empty; raises UserError when it cannot be read."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    return [line.strip() for line in utils.read_text(path).splitlines() if line.strip()]
 
 
 def check(network: Network, folder: str) -> float:
@@ -85,18 +85,20 @@ def check(network: Network, folder: str) -> float:
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--arch', help='genotype: a name in genotypes.py or a genotype.json (that of the weight file)')
-    add('--pretrained', required=True, metavar='PATH', help='weights, an .npz of a training or a conversion')
-    add('--out', required=True, metavar='DIR', help='folder for the exported model')
+    add('--arch', type=utils.path, help='genotype, as of train.py (that of the weight file)')
+    add('--pretrained', type=utils.path, required=True, metavar='PATH',
+        help='weights, an .npz of a training or a conversion')
+    add('--out', type=utils.path, required=True, metavar='DIR', help='folder for the exported model')
     add('--dataset', choices=sorted(reader.DATASETS),
         help='data set whose normalisation and class names apply (that of the weight file, otherwise cifar10)')
-    add('--class_names', metavar='FILE', help='text file with one class name per line (the names of the data set)')
+    add('--class_names', type=utils.path, metavar='FILE',
+        help='text file with one class name per line (the names of the data set)')
     args = parser.parse_args()
 
     metadata, weights = checkpoint.read_weights(args.pretrained)
     genotype = genotypes.of_weights(args.pretrained, metadata, args.arch, OPERATIONS)
     try:
-        network = network_of(genotype, weights, with_training=False)
+        network = network_of(genotype, weights, with_training=False, image_size=metadata.get('image_size'))
     except UserError as error:
         raise UserError(f"{args.pretrained} does not fit {args.arch or 'its genotype'}: {error}") from None
     names = read_class_names(args.class_names) if args.class_names else None

@@ -89,7 +89,8 @@ class Predictor:
 
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', required=True, metavar='DIR', help='folder that export_model.py wrote')
+    parser.add_argument('--model', type=utils.path, required=True, metavar='DIR',
+                        help='folder that export_model.py wrote')
     parser.add_argument('images', nargs='+', metavar='image', help='image files')
     args = parser.parse_args()
     predictor = Predictor(args.model)

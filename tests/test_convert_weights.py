@@ -267,7 +267,7 @@ def test_weights_of_another_genotype(tmp_path):
     other = genotypes.DARTS_PADDLE._replace(normal=((first[0], 1 - first[1]), *others))
     (tmp_path / 'other.json').write_text(genotypes.dumps(other))
     source = write_npz(source, discrete_weights(), {'genotype': genotypes.DARTS_PADDLE._asdict()})
-    assert_refused(source, target, str(tmp_path / 'other.json'), 'another genotype')
+    assert_refused(source, target, str(tmp_path / 'other.json'), 'trained with DARTS_PADDLE, not with')
 
 
 def test_an_npz_that_holds_no_weights(tmp_path):

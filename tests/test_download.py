@@ -20,7 +20,7 @@ def test_urls_and_checksums_are_those_that_paddle_knows():
     assert (cifar100.url, cifar100.md5) == (cifar.CIFAR100_URL, cifar.CIFAR100_MD5)
     kinds = 'TRAIN_IMAGE', 'TRAIN_LABEL', 'TEST_IMAGE', 'TEST_LABEL'
     assert fashion_mnist.md5 == tuple(getattr(FashionMNIST, f'{kind}_MD5') for kind in kinds)
-    assert [fashion_mnist.url + name for name in reader._IDX_FILES] == [
+    assert [fashion_mnist.url + name for name in reader.IDX_FILES] == [
         getattr(FashionMNIST, f'{kind}_URL') for kind in kinds]
 
 
@@ -33,7 +33,7 @@ def get(monkeypatch):
 
 def test_only_the_missing_files_of_fashion_mnist_are_named_and_downloaded(tmp_path, get):
     sample, source = reader.default_folder('fashion_mnist_sample'), reader.DATASETS['fashion_mnist']
-    for name in reader._IDX_FILES[:2]:
+    for name in reader.IDX_FILES[:2]:
         shutil.copy(os.path.join(sample, name), tmp_path)
 
     def fail_or_copy(url, folder, **_):
@@ -41,14 +41,14 @@ def test_only_the_missing_files_of_fashion_mnist_are_named_and_downloaded(tmp_pa
             raise RuntimeError('connection lost')
         shutil.copy(os.path.join(sample, os.path.basename(url)), folder)
     get.side_effect = fail_or_copy
-    images, labels = reader._IDX_FILES[2:]
+    images, labels = reader.IDX_FILES[2:]
     for reason in (f'^{images}, {labels} are not in .*connection lost.*get them from https.*{images} https.*{labels}',
                    f'^{labels} is not in .*connection lost.*get it from {source.url}{labels} and'):
         with pytest.raises(UserError, match=reason):
             reader.load('fashion_mnist', str(tmp_path))
     assert len(reader.load('fashion_mnist', str(tmp_path)).test_labels) == 500
     images, labels = (mock.call(source.url + name, str(tmp_path), md5sum=md5, decompress=False)
-                      for name, md5 in list(zip(reader._IDX_FILES, source.md5))[2:])
+                      for name, md5 in list(zip(reader.IDX_FILES, source.md5))[2:])
     assert get.mock_calls == [images, images, labels, labels]
 
 

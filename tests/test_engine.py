@@ -10,7 +10,7 @@ pytestmark = pytest.mark.paddle_free
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {'train_search', 'train', 'train_imagenet', 'model_search', 'model', 'operations', 'genotypes', 'architect',
-             'reader', 'imagenet_reader', 'utils', 'visualize'}
+             'reader', 'imagenet_reader', 'custom_reader', 'utils', 'visualize'}
 MAX_LINES = 450
 
 

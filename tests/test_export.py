@@ -132,7 +132,7 @@ def test_mistakes_of_an_export(tmp_path, trained):
     (tmp_path / 'file').write_text('')
     for flags, reasons in (
             (['--pretrained', 'nowhere.npz'], ['nowhere.npz does not exist']),
-            (['--pretrained', weights, '--arch', 'DARTS_V1'], ['another genotype than DARTS_V1']),
+            (['--pretrained', weights, '--arch', 'DARTS_V1'], ['was trained with NASNet, not with DARTS_V1']),
             (['--pretrained', weights, '--dataset', 'cifar100'], ['100 names', '10 classes']),
             (['--pretrained', weights, '--class_names', 'nowhere.txt'], ['nowhere.txt cannot be read']),
             (['--pretrained', unnamed], ['does not record its genotype: give --arch']),

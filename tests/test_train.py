@@ -76,13 +76,16 @@ def test_the_loss_falls_and_all_results_are_written(finished):
     assert [line['drop_path_prob'] for line in lines] == pytest.approx([0, largest / 3, largest * 2 / 3])
     metadata, weights = checkpoint.read_weights(folder / 'last.npz')
     assert genotypes.check(metadata['genotype']) == genotypes.DARTS_PADDLE
-    assert metadata['class_names'][1] == {TRAIN: 'Trouser', IMAGENET: 'n00000001'}[script]
+    assert metadata['class_names'][1] == {TRAIN: '1', IMAGENET: 'n00000001'}[script]
     assert 'auxiliary_head.classifier.weight' in weights and 'cells.0.preprocess1.op.2.running_mean' in weights
 
 
 def test_log_lines(finished):
     script, folder, output = finished
-    device, *lines = output.splitlines()
+    lines = output.splitlines()
+    if script != IMAGENET:
+        assert lines.pop(0).endswith('240 + 50 images of 28 x 28, 10 classes with numbers as names')
+    device, *lines = lines
     assert re.fullmatch(r'device: CPU \(\d+ cores\), Paddle \d+\.\d+\.\d+', device)
     if script == SEARCH:
         assert lines.pop(0) == f'search space: 4 nodes, {",".join(genotypes.DARTS_SPACE.primitives)}'
@@ -171,9 +174,13 @@ def test_the_genotype_of_a_search_is_trained_and_compared_at_a_resume(tmp_path, 
 def test_weights_of_another_network_are_refused(finished, commands):
     script, folder, _ = finished
     command = [*commands[script], '--eval_only', '--pretrained', folder / 'best.npz']
-    assert_one_line(run_in_process(*command, '--init_channels', '6'), 'weight stem', 'has shape', 'expected')
-    assert_one_line(run_in_process(*command, '--layers', '4'), "weight 'cells.", 'is missing')
-    assert_one_line(run_in_process(*command, '--arch', 'DARTS_V2'), 'weight')
+    assert_one_line(run_in_process(*command, '--init_channels', '6'), '--init_channels 6 contradicts', 'has 4')
+    assert_one_line(run_in_process(*command, '--layers', '4'), '--layers 4 contradicts', 'has 3')
+    assert_one_line(run_in_process(*command, '--arch', 'DARTS_V2'), 'trained with DARTS_PADDLE, not with DARTS_V2: '
+                    "normal edge 0 is ('dil_conv_3x3', 0) there, ('sep_conv_3x3', 0) in --arch")
+    other = {TRAIN: IMAGENET, IMAGENET: TRAIN}[script]
+    assert_one_line(run_in_process(*commands[other], '--eval_only', '--pretrained', folder / 'best.npz'),
+                    f'holds the weights of a Network{"CIFAR" if script == TRAIN else "ImageNet"}: use {script}')
     path = folder / last_checkpoint(folder)[0]
     assert_one_line(run_in_process(*command[:-1], path), 'it is a checkpoint', 'best.npz')
 
@@ -190,7 +197,6 @@ def test_weights_of_another_network_are_refused(finished, commands):
     ([TRAIN, IMAGENET], '--arch RESNET', ['RESNET', 'AmoebaNet, DARTS, DARTS_PADDLE, DARTS_V1, DARTS_V2, '
                                                     'FASHION_MNIST_0, FASHION_MNIST_1, NASNet']),
     ([TRAIN, IMAGENET], f'--pretrained {__file__}', ['test_train.py holds no weights', 'scripts/convert_weights.py']),
-    ([TRAIN, IMAGENET], '--layers 1', ['with --layers 1', '--auxiliary False']),
     ([IMAGENET], '--data_dir nowhere', ['no ImageNet in nowhere', 'train_list.txt']),
     ([SEARCH, TRAIN], '--dataset imagenet', ["error: argument --dataset: invalid choice: 'imagenet'"]),
     (SCRIPTS, '--batch_size 0', ["--batch_size: '0' has to be a whole number from 1"]),
@@ -216,9 +222,10 @@ def test_bad_input_ends_in_one_line(tmp_path, commands, scripts, flags, reasons)
 
 COMMON = dict(momentum=0.9, grad_clip=5, seed=0, use_gpu=None, custom_ops=True, num_workers=2, resume=False,
               visualdl=None, pretrained=None)
-CIFAR = dict(COMMON, dataset='cifar10', data=None, cutout=True, cutout_length=16, learning_rate=0.025,
+CIFAR = dict(COMMON, dataset='cifar10', data=None, image_size=None, test_portion=None,
+             cutout=True, cutout_length=16, learning_rate=0.025,
              weight_decay=3e-4, class_num=None, report_freq=50, save_freq=50)
-TRAINING = dict(arch='DARTS_PADDLE', auxiliary=True, auxiliary_weight=0.4, eval_only=False)
+TRAINING = dict(given=set(), arch='DARTS_PADDLE', auxiliary=True, auxiliary_weight=0.4, eval_only=False)
 
 
 @pytest.mark.parametrize('script, defaults', [

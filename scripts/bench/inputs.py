@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance
 import imagenet_reader
 import reader
 import utils
+from engine.workers import Workers
 from sides import Side, alternate
 
 IMAGES = 64                                  # of imagenet_input
@@ -54,7 +55,7 @@ def imagenet_input(args) -> list[dict]:
         paths = make_images(folder, IMAGES)
         size = statistics.mean(os.path.getsize(path) for path in paths) / 1000
         samples = imagenet_reader.Samples(paths, np.zeros(IMAGES, 'int64'))
-        workers = imagenet_reader.Workers(0)
+        workers = Workers(0)
         train, valid = (imagenet_reader.ImageBatches(samples, IMAGES, workers, seed=0, shuffle=False, augment=augment)
                         for augment in (True, False))
         seconds = alternate({

@@ -13,6 +13,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import custom_reader
 import reader
 import utils
 
@@ -34,7 +35,7 @@ def make(source: str, target: str, train: int, test: int) -> None:
     os.makedirs(target, exist_ok=True)
     for half, count in (('train', train), ('t10k', test)):
         names = [f'{half}-images-idx3-ubyte.gz', f'{half}-labels-idx1-ubyte.gz']
-        images, labels = (reader.read_idx(os.path.join(source, name), n) for name, n in zip(names, (3, 1)))
+        images, labels = (custom_reader.read_idx(os.path.join(source, name), n) for name, n in zip(names, (3, 1)))
         chosen = first_of_each_class(labels, count)
         for name, array in zip(names, (images, labels)):
             write_idx(os.path.join(target, name), array[chosen])
