@@ -63,12 +63,11 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A channel without contrast gets the deviation of one grey level, so that it can be divided by.
     """
-    sums, squares = np.zeros(3), np.zeros(3)               # of integers, so they are exact
+    sums, squares, count = np.zeros(3), np.zeros(3), images.size / 3         # of integers, so they are exact
     for first in range(0, len(images), 1000):
-        pixels = images[first:first + 1000].astype('float64')
-        sums += pixels.sum(axis=(0, 2, 3))
-        squares += np.einsum('nchw,nchw->c', pixels, pixels)
-    count = images.size / 3
+        pixels = np.ascontiguousarray(images[first:first + 1000])
+        sums += pixels.sum(axis=(0, 2, 3), dtype='uint64')
+        squares += np.square(pixels, dtype='uint16').sum(axis=(0, 2, 3), dtype='uint64')
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean ** 2, 1))
     return (mean / 255).astype('float32'), (std / 255).astype('float32')

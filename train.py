@@ -185,10 +185,12 @@ def load_architecture(args: argparse.Namespace, kind: type[Network]) -> tuple[ge
     sizes = {'init_channels': shape.init_channels, 'layers': shape.layers}
     if args.eval_only:
         sizes['class_num'] = shape.class_num
-        if metadata.get('split') and args.dataset == 'folder' and not all(find_folders(args.data or '.')):
-            sizes.update(metadata['split'])        # in another split the test set has images that trained the weights
-    if getattr(args, 'dataset', None) == 'folder' and 'image_size' not in given:
-        args.image_size = metadata.get('image_size')
+    if getattr(args, 'dataset', None) == 'folder':
+        if metadata.get('image_size') and (args.eval_only or 'image_size' not in given):
+            sizes['image_size'] = metadata['image_size']
+        # In another split the test set would have images that trained the weights.
+        if args.eval_only and metadata.get('split') and not all(find_folders(args.data or '.')):
+            sizes.update(metadata['split'])
     for name, value in sizes.items():
         if name in given and getattr(args, name) != value:
             raise UserError(f"--{name} {getattr(args, name)} contradicts {args.pretrained}, which has {value}: "
