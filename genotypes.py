@@ -176,9 +176,14 @@ def load(source: str, known: Collection[str] | None = None) -> Genotype:
         if 'Genotype(' in source or source.lstrip().startswith('{'):
             return parse(source, known)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source[:200]} holds no genotype: {str(error)[:500]}") from None   # it may quote the file
-    raise UserError(f"no genotype {source!r}: give one of {', '.join(sorted(named()))}, the path of a genotype.json "
-                    "that a search wrote, or Genotype(normal=..., ...) as a quoted text or in a file")
+        raise UserError(f"{_short(source)} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
+    raise UserError(f"no genotype {_short(source)!r}: give one of {', '.join(sorted(named()))}, the path of a "
+                    "genotype.json of a search, or Genotype(normal=..., ...) as a quoted text or in a file")
+
+
+def _short(source: str) -> str:
+    """Returns the name, path or text of a genotype on one line."""
+    return ' '.join(source.split())[:200]
 
 
 def parse(text: str, known: Collection[str] | None = None) -> Genotype:
@@ -261,7 +266,7 @@ def of_weights(path: str, metadata: dict, arch: str | None = None, known: Collec
         raise UserError(f"{path} does not record its genotype: give --arch")
     if recorded not in (None, genotype):
         name = next((name for name, value in named().items() if value == recorded), 'another genotype')
-        raise UserError(f"{path} was trained with {name}, not with {arch[:200]}: {_difference(recorded, genotype)}; "
+        raise UserError(f"{path} was trained with {name}, not with {_short(arch)}: {_difference(recorded, genotype)}; "
                         "leave out --arch")
     return genotype
 

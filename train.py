@@ -146,7 +146,7 @@ class Pretrained(NamedTuple):
         size, found = self.metadata.get('image_size'), getattr(data, 'image_size', None)
         if size and found and size != found:
             raise UserError(f"{self.path} is for images of {size} x {size}, {data.name} has {found} x {found}")
-        if self.metadata.get('split') and self.metadata['data_checksum'] != data.checksum:
+        if self.metadata.get('split') and self.metadata.get('data_checksum') != data.checksum:
             log.warning(f"the images are not those that {self.path} was trained with: as the test set was drawn from "
                         "them, it may have images that trained the weights")
         if count != data.class_num:
@@ -183,7 +183,7 @@ def load_architecture(args: argparse.Namespace, kind: type[Network]) -> tuple[ge
         script = 'train_imagenet.py' if shape.kind is NetworkImageNet else 'train.py'
         raise UserError(f"{args.pretrained} holds the weights of a {shape.kind.__name__}: use {script}")
     sizes = {'init_channels': shape.init_channels, 'layers': shape.layers}
-    if args.eval_only:
+    if args.eval_only and kind is NetworkImageNet:         # the other data sets have their own number
         sizes['class_num'] = shape.class_num
     if getattr(args, 'dataset', None) == 'folder':
         if metadata.get('image_size') and (args.eval_only or 'image_size' not in given):

@@ -82,9 +82,9 @@ class Parser(argparse.ArgumentParser):
         """Returns the message about an argument that no flag of this script takes."""
         flag, known = text.partition('=')[0], [name for action in self._actions for name in action.option_strings]
         for replacement in FLAGS_OF_OTHER_PROJECTS.get(flag, ()):
-            if replacement.split()[0] in known or not replacement.startswith('--'):
-                return f"unknown flag {flag}: here it is {replacement}"
-        near = difflib.get_close_matches(flag, known, 1)
+            if replacement.split()[0].strip(';,') in known or not replacement.startswith('--'):
+                return f"unknown flag {flag}: {replacement}"
+        near = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, 1)
         return f"unknown {'flag' if text.startswith('-') else 'argument'} {text}" + (
             f": did you mean {near[0]}?" if near else '')
 
@@ -92,23 +92,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-# {flag of the authors' code of DARTS: what replaces it; the first that the script has}
+# {flag of the authors' code of DARTS or of another project: what replaces it; the first whose flag the script has}
 FLAGS_OF_OTHER_PROJECTS = {
-    '--save': ['--model_save_dir'],
-    '--gpu': ['--use_gpu True; the environment variable CUDA_VISIBLE_DEVICES selects the GPU'],
-    '--drop_path_prob': ['not needed: the search has no drop path'],
-    '--model_path': ['--pretrained, in the trainings with --eval_only'],
-    '--parallel': ['python -m paddle.distributed.launch --gpus 0,1 SCRIPT'],
-    '--gamma': ['--decay_rate'],
-    '--decay_period': ['not needed: --decay_rate applies after every epoch'],
-    '--set': ['--dataset'],
-    '--data': ['--data_dir'], '--data_dir': ['--data'],
-    '--tmp_data_dir': ['--data_dir', '--data'],
-    '--workers': ['--num_workers'],
-    '--cutout': ['not needed: images of ImageNet get no cutout'],
-    '--cutout_length': ['not needed: images of ImageNet get no cutout'],
-    '--use_data_parallel': ['python -m paddle.distributed.launch --gpus 0,1 SCRIPT'],
-    '--log_freq': ['--report_freq'],
+    '--save': ['--model_save_dir is the folder of a run here'],
+    '--gpu': ['--use_gpu True takes a GPU, CUDA_VISIBLE_DEVICES in the environment selects it'],
+    '--drop_path_prob': ['the search has no drop path, leave it out'],
+    '--model_path': ['--pretrained gives the weights, with --eval_only they are evaluated'],
+    '--parallel': ['several GPUs are used with python -m paddle.distributed.launch --gpus 0,1 SCRIPT'],
+    '--gamma': ['--decay_rate is the factor of the learning rate here'],
+    '--decay_period': ['the learning rate decays after every epoch, leave it out'],
+    '--set': ['--dataset is the name here'],
+    '--data': ['--data_dir is the folder here'],
+    '--data_dir': ['--data is the folder here'],
+    '--tmp_data_dir': ['--data_dir is the folder here', '--data is the folder here'],
+    '--workers': ['--num_workers is the number here'],
+    '--cutout': ['images of ImageNet get no cutout, leave it out'],
+    '--cutout_length': ['images of ImageNet get no cutout, leave it out'],
+    '--use_data_parallel': ['several GPUs are used with python -m paddle.distributed.launch --gpus 0,1 SCRIPT'],
+    '--log_freq': ['--report_freq is the number here'],
 }
 
 

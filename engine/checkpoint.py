@@ -307,6 +307,9 @@ def read_weights(path: str) -> tuple[dict, dict[str, np.ndarray]]:
         metadata, weights = read_arrays(path)
         if not isinstance(metadata, dict) or 'settings' in metadata:
             raise ValueError("it is a checkpoint; the weights are in last.npz and best.npz in the same folder")
+        for name in ('image_size', 'padding'):
+            if type(metadata.get(name, 0)) is not int or not 0 <= metadata.get(name, 0) < 1 << 16:
+                raise ValueError(f"its {name} is {str(metadata[name])[:50]}")
         return metadata, weights
     except ValueError as error:
         raise UserError(f"{path} holds no weights ({error}); weights of PyTorch are converted by "

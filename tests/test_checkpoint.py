@@ -12,7 +12,7 @@ import pytest
 import utils
 from engine.checkpoint import Meter, Run, read_checkpoint, read_weights, write_arrays
 from engine.console import log
-from runs import assert_equal_runs, checkpoint_names
+from runs import assert_equal_runs, checkpoint_names, without_seconds
 from tiny_runs import Crash, fake_run
 
 METADATA = {'version': utils.VERSION, 'settings': {}, 'epoch': 0, 'step': 1, 'meter': vars(Meter())}
@@ -154,6 +154,41 @@ def test_a_full_disk_ends_in_a_message(tmp_path, name, write_it, message):
         write_it(run)
     assert path.is_symlink() == (name == 'history.jsonl')           # a .part would take up space
     assert read_checkpoint(tmp_path / 'checkpoint-0000-000000.npz') and len(checkpoint_names(tmp_path)) == 1
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path):
+    run = open_run(tmp_path)
+    (tmp_path / 'checkpoint-0000-000000.npz.part').symlink_to('/dev/full')
+    with pytest.raises(utils.UserError, match='No space left on device; there is no checkpoint yet: make space'):
+        run.save({}, 0, 0, Meter())
+    assert checkpoint_names(tmp_path) == []
+
+
+def test_a_resume_without_a_checkpoint_starts_from_scratch(tmp_path, capsys):
+    expected = tmp_path / 'expected'
+    fake_run(expected)
+    for folder in (tmp_path / 'new', tmp_path / 'empty'):
+        if folder.name == 'empty':
+            open_run(folder)                                        # killed before the first checkpoint
+            subprocess.run(['rm', str(folder / 'lock')], check=True)
+        assert fake_run(folder, resume=True) == 10
+        assert f'--resume: there is no checkpoint in {folder}, so the run starts from' in capsys.readouterr().out
+        assert_equal_runs(folder, expected)
+        assert fake_run(folder, resume=True) == 0                   # the same command afterwards
+
+
+def test_a_resume_with_more_epochs_continues_and_logs_the_new_end(tmp_path, capsys):
+    def epochs_of(folder):
+        return json.loads((folder / 'args.json').read_text())['epochs']
+
+    folder = tmp_path / 'run'
+    assert fake_run(folder) == 10 and epochs_of(folder) == 2
+    assert fake_run(folder, resume=True, epochs=4) == 10 and epochs_of(folder) == 4
+    assert '--epochs 4 instead of 2: the schedule ends later' in capsys.readouterr().out
+    fake_run(tmp_path / 'longer', epochs=4)                         # its learning rate does not depend on the end
+    assert without_seconds(folder) == without_seconds(tmp_path / 'longer')
+    with pytest.raises(utils.UserError, match='epochs 4 there, 3 now'):
+        fake_run(folder, resume=True, epochs=3)
 
 
 def test_a_log_on_a_full_disk_loses_lines_only(tmp_path, capfd):

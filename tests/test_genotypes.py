@@ -1,5 +1,6 @@
 """Published genotypes, reading and writing, derivation from alpha."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -43,6 +44,70 @@ def test_invalid_fields_are_refused(reason, field, values):
     for value in values:
         with pytest.raises(ValueError, match=reason):
             genotypes.check({**genotypes.DARTS_V2._asdict(), field: value})
+
+
+FLAT = ("Genotype(normal=[('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 0), ('sep_conv_3x3', 1), "
+        "('skip_connect', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ('skip_connect', 2)], "
+        "normal_concat=range(2, 6), reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), "
+        "('max_pool_3x3', 0), ('max_pool_3x3', 0), ('skip_connect', 2), ('skip_connect', 2), ('avg_pool_3x3', 0)], "
+        "reduce_concat=range(2, 6))")                           # as the authors' code logs DARTS_V1
+NESTED = """Genotype(
+    normal=[[('sep_conv_3x3', 1), ('sep_conv_3x3', 0)], [('skip_connect', 0), ('sep_conv_3x3', 1)],
+            [('skip_connect', 0), ('sep_conv_3x3', 1)], [('sep_conv_3x3', 0), ('skip_connect', 2)]],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[[('max_pool_3x3', 0), ('max_pool_3x3', 1)], [('skip_connect', 2), ('max_pool_3x3', 0)],
+            [('max_pool_3x3', 0), ('skip_connect', 2)], [('skip_connect', 2), ('avg_pool_3x3', 0)]],
+    reduce_concat=list(range(2, 6)))  # nested per node
+"""
+FORMS = {
+    'flat': FLAT, 'nested': NESTED, 'of this project': f'genotype = {genotypes.DARTS_V1}',
+    'a line of a log': f'2026-01-01 12:00:00,000 INFO epoch (3) genotype = {FLAT}\n2026-01-01 next line (x',
+    'several times': f'{FLAT}\n{NESTED}', 'numpy': FLAT.replace("0)", "np.int64(0))"),
+    'module': f"from collections import namedtuple\nGenotype = namedtuple('Genotype', 'normal normal_concat')\n"
+              f"MINE = genotypes.{NESTED}",
+    'positional': re.sub('[a-z_]+=', '', NESTED),
+    'json': genotypes.dumps(genotypes.DARTS_V1), 'json, nested': json.dumps(
+        {**genotypes.DARTS_V1._asdict(), 'normal': [genotypes.DARTS_V1.normal[k:k + 2] for k in range(0, 8, 2)]})}
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_genotype_is_read_in_every_form_that_people_paste(tmp_path, form):
+    text = FORMS[form]
+    assert genotypes.load(text) == genotypes.DARTS_V1
+    for name, content in (('x.txt', text.encode()), ('x.py', b'\xef\xbb\xbf' + text.encode()),
+                          ('a (b) {c}.json', text.encode())):
+        (tmp_path / name).write_bytes(content)
+        assert genotypes.load(str(tmp_path / name), DARTS_SPACE.primitives) == genotypes.DARTS_V1
+
+
+@pytest.mark.parametrize('text, reason', [
+    ("Genotype(normal=__import__('os').system('touch {path}'))", 'is neither a list nor an operation nor a number'),
+    ("Genotype(*[1])", 'is neither'), ("Genotype(normal=[('sep_conv_3x3', 1)]", 'parentheses are not closed'),
+    (FLAT.replace('6)', '10 ** 12)'), 'is neither'), (FLAT.replace('6)', '9' * 30 + ')'), 'is neither'),
+    (FLAT.replace('range(2, 6)', 'range(2, 6, 0)'), 'is neither'), (FLAT.replace("1)", "1.0)"), 'state 1.0'),
+    (FLAT.replace('reduce_concat', 'normal_concat'), "field 'normal_concat' twice"),
+    (FLAT + FLAT.replace('skip_connect', 'dil_conv_3x3'), '2 different genotypes'),
+    (FLAT.replace('range(2, 6)', 'range(2, 7)'), 'has to name different nodes among'),
+    (FLAT.replace(", ('skip_connect', 2)], normal", "], normal"), 'two for each node'),
+    (NESTED.replace("1), ('sep_conv_3x3', 0)]", "1)]"), 'without exactly two'),
+    ('Genotype(normal=1, normal_concat=1, reduce=1, reduce_concat=1)', 'normal has to be a list of edges'),
+    ('Genotype(' + '[' * 3000 + ']' * 3000 + ')', 'holds no genotype'),
+    ('Genotype(1 2)', 'not an expression of Python'),
+    ('{"normal": 1}', 'its fields have to be'), ('Genotype', 'no genotype .Genotype.: give one of')])
+def test_texts_that_hold_no_genotype(tmp_path, text, reason):
+    path = tmp_path / 'touched'
+    with pytest.raises(UserError, match=reason) as caught:
+        genotypes.load(text.replace('{path}', str(path)))
+    assert '\n' not in str(caught.value) and not path.exists()
+
+
+def test_a_genotype_that_is_pasted_into_the_file_is_found_by_its_name(monkeypatch):
+    monkeypatch.setattr(genotypes, 'MINE', eval(NESTED, vars(genotypes).copy()), raising=False)
+    assert genotypes.load('MINE') == genotypes.DARTS_V1 and 'MINE' in genotypes.named()
+    monkeypatch.setattr(genotypes, 'MINE', genotypes.MINE._replace(normal_concat=range(2, 9)))
+    with pytest.raises(UserError, match='MINE holds no genotype: normal_concat range'):
+        genotypes.load('MINE')
+    assert genotypes.load('DARTS_V1') == genotypes.DARTS_V1                 # the others can be used
 
 
 @pytest.mark.parametrize('content', ['[1, 2]', json.dumps({'normal': EDGES}), '[' * 100000, '\x00\xff', ''])

@@ -92,6 +92,53 @@ def test_formats_that_run_external_programs_are_refused(tmp_path, monkeypatch):
     assert ghostscript.called                                          # the stub is reachable
 
 
+@pytest.mark.parametrize('pixels, expected', [
+    (np.uint16([[0, 13107], [52428, 65535]]), [0, 51, 204, 255]),
+    (np.int32([[0, 13107], [52428, 65535]]), [0, 51, 204, 255]),
+    (np.zeros((2, 2), 'uint16'), [0, 0, 0, 0]),
+    (np.float32([[0, 0.2], [0.8, 1]]), [0, 51, 204, 255]),
+    (np.float32([[0, 51], [204, 255]]), [0, 51, 204, 255]),
+    (np.uint16([[0, 100], [500, 1023]]), 'I.* with values from 0 to 1023'),                # 10 bits
+    (np.uint16([[0, 100], [200, 255]]), 'I.* with values from 0 to 255'),
+    (np.int32([[0, 1], [2, 70000]]), 'I with values from 0 to 70000'),
+    (np.int32([[-1, 1], [2, 60000]]), 'I with values from -1 to 60000'),
+    (np.float32([[0, 1], [2, 4000]]), 'F with values from 0 to 4000'),
+    (np.float32([[-0.5, 0.1], [0.2, 1]]), 'F with values from -0.5 to 1'),
+    (np.float32([[np.nan, 0.1], [0.2, 1]]), 'F with values from nan')])
+def test_values_of_more_than_8_bits_are_scaled_by_their_mode_or_refused(tmp_path, pixels, expected):
+    """Never read as black: 16 bits from 0..65535, floats from 0..1 or 0..255; the same in a prediction."""
+    path = tmp_path / 'x.tiff'
+    Image.fromarray(np.kron(pixels, np.ones((8, 8), pixels.dtype))).save(path)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f'its mode is {expected}.*save them with 8 bits'):
+            validation_image(path, 16, 16)
+        return
+    found = validation_image(path, 16, 16)
+    assert found[[0, 0, -1, -1], [0, -1, 0, -1], 0].tolist() == expected and (found == found[:, :, :1]).all()
+
+
+def test_16_bits_in_a_pgm(tmp_path):
+    (tmp_path / 'x.pgm').write_bytes(b'P5 8 8 65535 ' + np.full((8, 8), 51 * 257, '>u2').tobytes())
+    assert (validation_image(tmp_path / 'x.pgm', 8, 8) == 51).all()
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP'])
+@pytest.mark.parametrize('exif', [b'Exif\0\0II*\0\xff\xff\xff\x7f', b'Exif\0\0garbage', b'', b'\0' * 9,
+                                  b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\xff\xff\xff\xff\0\0\0\0'])
+def test_metadata_that_cannot_be_read_are_ignored(tmp_path, kind, exif):
+    image = pictures.picture(4, (300, 200))
+    image.save(tmp_path / 'plain', kind, quality=95)
+    image.save(tmp_path / 'x', kind, exif=exif, quality=95)
+    assert distance(validation_image(tmp_path / 'x'), validation_image(tmp_path / 'plain')) < 1
+
+
+def test_a_jpeg_of_108_megapixels_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)              # no warning of Pillow about the file of the test
+    Image.new('L', (12000, 9000), 77).save(tmp_path / 'x.jpg')
+    for found in (validation_image(tmp_path / 'x.jpg'), training_image(tmp_path / 'x.jpg', np.random.default_rng(0))):
+        assert found.shape == (224, 224, 3) and abs(found.mean() - 77) < 40
+
+
 def test_a_header_with_too_many_pixels_is_refused(tmp_path):
     Image.new('L', (1, 1)).save(tmp_path / 'x.png')
     content = bytearray((tmp_path / 'x.png').read_bytes())
@@ -99,7 +146,8 @@ def test_a_header_with_too_many_pixels_is_refused(tmp_path):
         content[16:24] = struct.pack('>2I', side, side)
         content[29:33] = struct.pack('>I', zlib.crc32(content[12:29]))
         (tmp_path / 'x.png').write_bytes(content)
-        with pytest.raises(Exception, match='announces 8300 x 8300' if refused else 'truncated|not enough'):
+        reason = '8300 x 8300 pixels, the limit for this format is 67 million' if refused else 'truncated|not enough'
+        with pytest.raises(Exception, match=reason):
             validation_image(tmp_path / 'x.png')
 
 
@@ -181,6 +229,84 @@ def test_a_list_whose_folders_are_not_classes_has_no_class_names(tmp_path):
         os.path.join(tmp_path, name) for name in ('all/a b.JPEG', 'all/c.JPEG')]
 
 
+def images_in(root, *names):
+    """Writes small images to root / name."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('L', (8, 8)).save(root / name, 'PNG')
+
+
+@pytest.mark.parametrize('text', [
+    'a/1.png 0\nb/2.png 1\n', 'a/1.png\t0\r\nb/2.png\t1\r\n', 'a/1.png,0\nb/2.png,1',
+    '"a/1.png", 0\n"b/2.png"; 1\n',
+    'a\\1.png 0\nb\\2.png 1\n', '\ufeffa/1.png 0\nb/2.png 1\n', '\n  a/1.png   0  \n\n b/2.png 1 \n',
+    'a/1.png 0\na/._1.png 0\nb/2.png 1\n.DS_Store 1\n'])
+def test_lists_as_people_write_them(tmp_path, text):
+    images_in(tmp_path, 'a/1.png', 'b/2.png', 'a/._1.png')
+    for half in ('train', 'val'):
+        (tmp_path / f'{half}_list.txt').write_bytes(text.encode())
+    data = imagenet_reader.load(str(tmp_path), 2)
+    assert data.train.paths == [str(tmp_path / 'a/1.png'), str(tmp_path / 'b/2.png')]
+    assert data.train.labels.tolist() == [0, 1] and data.class_names == ('a', 'b')
+
+
+def test_a_name_with_a_backslash_that_exists_is_kept(tmp_path):
+    images_in(tmp_path, 'a\\1.png', 'b c, d.png')
+    for half in ('train', 'val'):
+        (tmp_path / f'{half}_list.txt').write_text('a\\1.png 0\nb c, d.png 1\n')
+    paths = imagenet_reader.load(str(tmp_path), 2).train.paths
+    assert paths == [str(tmp_path / 'a\\1.png'), str(tmp_path / 'b c, d.png')]
+
+
+def test_lists_in_other_encodings(tmp_path):
+    images_in(tmp_path, '中/文.png')
+    text = '中/文.png 0\n'
+
+    def load(content):
+        for half in ('train', 'val'):
+            (tmp_path / f'{half}_list.txt').write_bytes(content)
+        return imagenet_reader.load(str(tmp_path), 1).train.paths
+
+    assert load(text.encode()) == [str(tmp_path / '中/文.png')]
+    with pytest.raises(UserError, match='train_list.txt is a text in another encoding, probably GBK.*iconv -f GB18030'):
+        load(text.encode('gb18030'))
+    with pytest.raises(UserError, match='train_list.txt is a text in UTF-16.*iconv -f UTF-16'):
+        load(text.encode('utf-16'))
+    # Bytes of GBK that are valid UTF-8 too.
+    name = next(char for char in map(chr, range(0x4e00, 0x9fff))
+                if utf8(char.encode('gb18030')) and len(char.encode('gb18030')) == 2)
+    images_in(tmp_path, f'{name}.png')
+    with pytest.raises(UserError, match='train_list.txt: 1 of 1 files do not exist, .*train_list.txt is in GBK'):
+        load(f'{name}.png 0\n'.encode('gb18030'))
+    # The names of the files may have that encoding as well.
+    raw = os.path.join(os.fsencode(tmp_path), '图.png'.encode('gb18030'))
+    with open(raw, 'wb') as file:
+        file.write((tmp_path / f'{name}.png').read_bytes())
+    paths = load('图.png 0\n'.encode('gb18030'))
+    assert os.fsencode(paths[0]) == raw and validation_image(paths[0]).shape == (224, 224, 3)
+
+
+def utf8(content):
+    try:
+        return bool(content.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def test_listed_files_that_do_not_exist_are_found_at_the_start(tmp_path, caplog):
+    names = [f'a/{k}.png' for k in range(200)]
+    images_in(tmp_path, *names[1:])
+    lines = [f'{name} {k % 2}\n' for k, name in enumerate(names)]
+    (tmp_path / 'train_list.txt').write_text(''.join(lines[1:]))
+    (tmp_path / 'val_list.txt').write_text(''.join(lines))
+    imagenet_reader.load(str(tmp_path), 2)
+    assert f'val_list.txt: 1 of 200 files do not exist, the first is {tmp_path}/a/0.png' in caplog.text
+    for wrong in ('b/', '/nowhere/', 'a/\0'):
+        (tmp_path / 'val_list.txt').write_text(''.join(lines).replace('a/', wrong))
+        with pytest.raises(UserError, match='val_list.txt: 200 of 200 files do not exist, the first is .*0.png; the '):
+            imagenet_reader.load(str(tmp_path), 2)
+
+
 @pytest.mark.parametrize('line, reason', [
     *((line, 'line 2 is not `path label`') for line in (
         'train/x.JPEG', 'x.JPEG one', '7', 'x.JPEG -1', 'x.JPEG ' + '1' * 5000, 'x.JPEG \u0662')),
@@ -190,6 +316,48 @@ def test_a_malformed_line_of_a_list_is_an_error(tmp_path, line, reason):
     (tmp_path / 'val_list.txt').write_text('y.JPEG 0\n')
     with pytest.raises(UserError, match=reason):
         imagenet_reader.load(tmp_path, 3)
+
+
+def test_a_header_of_a_list_is_named(tmp_path):
+    images_in(tmp_path, 'y.JPEG')
+    (tmp_path / 'train_list.txt').write_text('filename,label\ny.JPEG,0\n')
+    (tmp_path / 'val_list.txt').write_text('y.JPEG 0\n')
+    with pytest.raises(UserError, match="line 1 is not `path label`: 'filename,label'; it looks like a header: remove"):
+        imagenet_reader.load(str(tmp_path), 1)
+
+
+def test_hidden_files_and_other_files_in_folders(tmp_path, caplog):
+    caplog.set_level('INFO')
+    for half in ('train', 'val'):
+        images_in(tmp_path, *(f'{half}/{name}' for name in (
+            'a/1.png', 'a/2.jfif', 'a/3.PPM', 'a/4.pgm', 'b/1.jpe', 'a/._1.png', '.ipynb_checkpoints/a.png',
+            '__MACOSX/._a.png', 'flat.png')))
+        for name in ('a/x.txt', 'a/Thumbs.db', 'b/x.heic', '.DS_Store'):
+            (tmp_path / half / name).write_text('')
+    data = imagenet_reader.load(str(tmp_path), 2)
+    names = [os.path.basename(path) for path in data.train.paths]
+    assert names == ['1.png', '2.jfif', '3.PPM', '4.pgm', '1.jpe'] and data.class_names == ('a', 'b')
+    assert f'{tmp_path}/train: ignored 4 entries that are not images in a class folder: 1 without a cl' in caplog.text
+    assert '1 .heic' in caplog.text
+
+
+@pytest.mark.parametrize('name', ['valid', 'test'])
+def test_other_names_of_the_validation_folder(tmp_path, caplog, name):
+    caplog.set_level('INFO')
+    images_in(tmp_path, 'train/a/1.png', 'train/b/1.png', f'{name}/a/2.png', f'{name}/b/3.png')
+    assert [os.path.basename(path) for path in imagenet_reader.load(str(tmp_path), 2).valid.paths] == ['2.png', '3.png']
+    images_in(tmp_path, 'val/a/4.png', 'val/b/5.png')
+    assert [os.path.basename(path) for path in imagenet_reader.load(str(tmp_path), 2).valid.paths] == ['4.png', '5.png']
+    assert f'{tmp_path}/val is used for validation, {tmp_path}/{name} not' in caplog.text
+
+
+def test_a_flat_validation_folder_and_a_missing_one_are_explained(tmp_path):
+    images_in(tmp_path, 'train/a/1.png', 'train/b/1.png', 'val/1.png', 'val/2.png')
+    with pytest.raises(UserError, match='val has 2 images but no folder per class: move each .*val/<class>/<image>'):
+        imagenet_reader.load(str(tmp_path), 2)
+    os.rename(tmp_path / 'val', tmp_path / 'x')
+    with pytest.raises(UserError, match='no ImageNet in .*train/<class>/<image> and val/.*; it contains train/, x/'):
+        imagenet_reader.load(str(tmp_path), 2)
 
 
 def test_malformed_folders_are_errors(tmp_path):

@@ -60,6 +60,8 @@ def log_softmax(logits):
     (NetworkCIFAR, 'NASNet', 2, 5, 8, 0, 0), (NetworkCIFAR, 'AmoebaNet', 2, 5, 8, 0, 0),
     (NetworkImageNet, 'DARTS_PADDLE', 4, 4, 64, 0, 0), (NetworkImageNet, 'NASNet', 2, 3, 64, 0, 0),
     (NetworkImageNet, 'AmoebaNet', 2, 3, 32, 0, 0), (NetworkCIFAR, 'DARTS_PADDLE', 2, 5, 32, 0.4, 0),
+    *((NetworkCIFAR, 'DARTS_V1', 2, layers, size, 0.4, 0) for size, layers in (
+        (28, 3), (8, 2), (12, 3), (16, 3), (24, 3), (48, 3), (32, 1))),
     (NetworkImageNet, 'DARTS_PADDLE', 2, 3, 224, 0.4, 0.125)])
 def test_a_network_equals_the_reference(kind, arch, channels, layers, image_size, auxiliary, smoothing):
     """Names, evaluation, loss, gradients and running statistics."""

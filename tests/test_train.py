@@ -14,7 +14,7 @@ import train
 import train_imagenet
 import train_search
 from engine import checkpoint
-from model import network_of
+from model import NetworkCIFAR, network_of
 from model_search import Supernet
 from runs import (assert_equal_runs, assert_one_line, checkpoint_names, history, last_checkpoint, output_of,
                   run_in_process, stop_at)
@@ -183,6 +183,65 @@ def test_weights_of_another_network_are_refused(finished, commands):
                     f'holds the weights of a Network{"CIFAR" if script == TRAIN else "ImageNet"}: use {script}')
     path = folder / last_checkpoint(folder)[0]
     assert_one_line(run_in_process(*command[:-1], path), 'it is a checkpoint', 'best.npz')
+
+
+def test_weights_are_evaluated_as_the_network_that_they_are(tmp_path, commands):
+    """Genotypes of equal shapes: another input of an edge, a pool. No flag is needed, a contradiction is an error."""
+    searched = genotypes.DARTS_V1._replace(normal=(('skip_connect', 1), *genotypes.DARTS_V1.normal[1:]))
+    twins = [searched._replace(normal=(('skip_connect', 0), *searched.normal[1:])),
+             searched._replace(normal=(('avg_pool_3x3', 1), *searched.normal[1:]))]
+    (tmp_path / 'a.json').write_text(genotypes.dumps(searched))
+    data = commands[TRAIN][commands[TRAIN].index('--dataset'):][:4]
+    training = [TRAIN, '--use_gpu', 'False', *data, '--model_save_dir', tmp_path / 'run', '--arch', tmp_path / 'a.json',
+                '--layers', '3', '--init_channels', '4', '--epochs', '1', '--batch_size', '40']
+    output_of(*training)
+    weights = tmp_path / 'run' / 'best.npz'
+    evaluation = [TRAIN, '--use_gpu', 'False', *data, '--eval_only', '--pretrained', weights]
+    figure = f"loss {history(tmp_path / 'run')[-1]['test_loss']:.4f}"
+    assert figure in output_of(*evaluation) and figure in output_of(*evaluation, '--arch', tmp_path / 'a.json')
+    for twin, edge in zip(twins, ("('skip_connect', 0)", "('avg_pool_3x3', 1)")):
+        (tmp_path / 'b.json').write_text(genotypes.dumps(twin))
+        for flags in (evaluation, [TRAIN, *data, '--pretrained', weights, '--model_save_dir', tmp_path / 'other']):
+            assert_one_line(run_in_process(*flags, '--arch', tmp_path / 'b.json'), 'was trained with another genotype',
+                            f"normal edge 0 is ('skip_connect', 1) there, {edge} in --arch")
+    # Weights of a conversion may not record a genotype: it is not guessed.
+    _, arrays = checkpoint.read_weights(weights)
+    with open(tmp_path / 'plain.npz', 'wb') as file:
+        checkpoint.write_arrays(file, {}, arrays)
+    assert_one_line(run_in_process(*evaluation[:-1], tmp_path / 'plain.npz'), 'does not record its genotype: give --a')
+    assert figure in output_of(*evaluation[:-1], tmp_path / 'plain.npz', '--arch', tmp_path / 'a.json')
+
+
+@pytest.mark.parametrize('auxiliary', [True, False])
+def test_fine_tuning_on_other_classes_loads_all_but_the_classifiers(tmp_path, commands, auxiliary):
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), 'uint8')
+    np.savez(tmp_path / 'x.npz', train_images=images[:20], train_labels=np.arange(20) % 4, test_images=images[20:],
+             test_labels=np.arange(10) % 4, class_names=np.array(list('abcd')))
+    network = NetworkCIFAR(genotypes.DARTS_V2, 4, 10, 3, auxiliary=0.4, seed=3, build_programs=False)
+    given = dict(network.weights(), **{'classifier.bias': np.full(10, 9, 'float32')})
+    metadata = {'genotype': genotypes.DARTS_V2._asdict(), 'class_names': list('0123456789'), 'image_size': 32}
+    with open(tmp_path / 'ten.npz', 'wb') as file:
+        checkpoint.write_arrays(file, metadata, given)
+    command = [TRAIN, '--use_gpu', 'False', '--dataset', 'npz', '--data', tmp_path / 'x.npz', '--cutout', 'False',
+               '--pretrained', tmp_path / 'ten.npz']
+    output = output_of(*command, '--auxiliary', auxiliary, '--epochs', '1', '--batch_size', '10', '--learning_rate',
+                       '1e-12', '--momentum', '0', '--model_save_dir', tmp_path / 'run')
+    assert 'ten.npz is for 10 classes: all its weights but those of the classifiers are loaded' in output
+    metadata, found = checkpoint.read_weights(tmp_path / 'run' / 'last.npz')
+    assert [metadata[name] for name in ('class_num', 'init_channels', 'layers', 'image_size')] == [4, 4, 3, 8]
+    assert genotypes.check(metadata['genotype']) == genotypes.DARTS_V2
+    compared = 0
+    for name, array in found.items():
+        if name.endswith(('.running_mean', '.running_var')) or 'classifier' in name:
+            assert 'classifier' not in name or len(array) == 4
+        else:
+            assert np.allclose(array, given[name], atol=1e-9), name
+            compared += name.startswith('auxiliary_head')
+    assert (compared > 0) == auxiliary
+    assert_one_line(run_in_process(*command, '--eval_only'), 'ten.npz is for images of 32 x 32, npz has 8 x 8')
+    with open(tmp_path / 'ten.npz', 'wb') as file:
+        checkpoint.write_arrays(file, dict(metadata, class_names=list('abcx')), found)
+    assert_one_line(run_in_process(*command, '--eval_only'), "other classes than those of npz: 'x' there, 'd' here")
 
 
 @pytest.mark.parametrize('scripts, flags, reasons', [

@@ -89,6 +89,14 @@ def check_cell(kind, cell, concat, nodes, edges):
 
 
 @needs_dot
+def test_the_text_of_a_genotype_is_drawn(tmp_path, run):
+    text = str(genotypes.DARTS_V2).replace('(2, 3, 4, 5)', 'range(2, 6)')
+    (tmp_path / 'x.txt').write_text(text)
+    run(text, tmp_path / 'x.txt', '--out', tmp_path, '--format', 'svg')
+    for name in ('genotype', 'x'):
+        assert 'sep_conv_3x3' in (tmp_path / f'{name}.svg').read_text()
+
+
 @pytest.mark.parametrize('name', sorted(set(genotypes.named()) - {'DARTS'}))
 def test_a_picture_shows_the_genotype(name):
     genotype = genotypes.load(name)

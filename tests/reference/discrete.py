@@ -60,6 +60,10 @@ class Shapes(dict):
                 self.conv(f'{name}.op.{n + 1}', channels, channels, 1, 1, norm=f'{name}.op.{n + 2}')
 
 
+# {side of its input: kernel and stride of its pool, which covers the input and gives 2 x 2}; 8 and 7: the authors'
+POOLS_OF_AUXILIARY_HEAD = {8: (5, 3), 7: (5, 2), 2: (1, 1), 3: (2, 1), 4: (3, 1), 6: (4, 2), 12: (8, 4), 16: (10, 6)}
+
+
 def weight_shapes(genotype, channels, classes, layers, imagenet=False, auxiliary=False):
     """Returns {name: shape} of all weights and running statistics of a network."""
     shapes = Shapes()
@@ -195,7 +199,8 @@ class Pass:
 
     def auxiliary_head(self, x, imagenet):
         name = 'auxiliary_head.features'
-        x = F.avg_pool2d(F.relu(x), 5, stride=2 if imagenet else 3)
+        kernel, stride = POOLS_OF_AUXILIARY_HEAD[x.shape[2]]
+        x = F.avg_pool2d(F.relu(x), kernel, stride)
         x = F.relu(self.norm(self.conv(x, f'{name}.2'), f'{name}.3'))
         x = self.conv(x, f'{name}.5')
         x = F.relu(x if imagenet else self.norm(x, f'{name}.6'))
