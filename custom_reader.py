@@ -239,16 +239,18 @@ def load_npz(path: str) -> Dataset:
                 raise UserError(f"{path} is damaged (checksum of {damaged_member!r}): copy it again")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*ARRAYS, 'class_names') if name in sizes}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("one of its entries is not an array")
+        names = _names_of_array(path, arrays.pop('class_names')) if 'class_names' in arrays else None
     except UserError:
         raise
     except Exception as error:             # zip and numpy fail in many ways on a damaged file
         raise UserError(f"{path} cannot be read as an .npz of plain arrays ({str(error)[:200]}): write it with "
                         "numpy.savez(path, train_images=..., train_labels=..., test_images=..., test_labels=...)"
                         ) from None
-    ignored = set(sizes) - set(arrays)
+    ignored = set(sizes) - {*ARRAYS, 'class_names'}
     if ignored:
         log.info(f"{path}: {', '.join(sorted(ignored)[:9])} ignored")
-    names = _names_of_array(path, arrays.pop('class_names')) if 'class_names' in arrays else None
     halves = []
     for half in ('train', 'test'):
         images = _images_of_array(f"{half}_images of {path}", arrays[f'{half}_images'])

@@ -168,6 +168,7 @@ def load(source: str, known: Collection[str] | None = None) -> Genotype:
 
     known: as of `check`. Raises UserError when `source` is none of them and when the genotype is invalid.
     """
+    source = os.fspath(source)
     try:
         if source in named():
             return check(named()[source]._asdict(), known)
@@ -176,7 +177,8 @@ def load(source: str, known: Collection[str] | None = None) -> Genotype:
         if 'Genotype(' in source or source.lstrip().startswith('{'):
             return parse(source, known)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{_short(source)} holds no genotype: {str(error)[:500]}") from None           # it may quote the file
+        # The reason may quote a file.
+        raise UserError(f"{_short(source)} holds no genotype: {str(error)[:500]}") from None
     raise UserError(f"no genotype {_short(source)!r}: give one of {', '.join(sorted(named()))}, the path of a "
                     "genotype.json of a search, or Genotype(normal=..., ...) as a quoted text or in a file")
 

@@ -67,7 +67,9 @@ def test_damaged_checkpoints_end_in_an_error_or_the_right_arrays():
 def test_damaged_files_of_every_format_end_in_an_error_or_a_right_result():
     output = run_well('scripts/dev/fuzz_readers.py', '--count', '100')
     for name in ('checkpoint (.npz)', 'weights (.npz), inside', 'genotype.json', 'history.jsonl', 'list of ImageNet',
-                 'Fashion-MNIST: train-images-idx3-ubyte.gz', 'image: JPEG', 'image: PNG', 'sum'):
+                 'Fashion-MNIST: train-images-idx3-ubyte.gz', 'genotype as text', 'custom arrays (.npz), inside',
+                 'folder: train and val', 'folder: class folders', 'image: PPM',
+                 'image: JPEG', 'image: PNG', 'sum'):
         assert re.search(f'^{re.escape(name)} .* 0$', output, re.M), output      # no failures
 
 

@@ -269,7 +269,9 @@ def text_subjects(folder: Path) -> Iterator[Subject]:
         assert genotypes.check(json.loads(genotypes.dumps(genotype))) == genotype
         return genotype
 
+    text = f'epoch 3: genotype = {genotypes.DARTS_V2}\n'.replace('(2, 3, 4, 5)', 'range(2, 6)')
     yield Subject('genotype.json', path, genotypes.dumps(genotypes.DARTS_V2).encode(), read_genotype)
+    yield Subject('genotype as text', path, text.encode(), read_genotype)
 
     run = checkpoint.Run(argparse.Namespace(model_save_dir=str(folder / 'run'), resume=False, visualdl=None))
     console.log.setLevel(logging.ERROR)                        # hides the warnings about damage
@@ -285,13 +287,17 @@ def text_subjects(folder: Path) -> Iterator[Subject]:
     lines = [json.dumps({'epoch': epoch, 'lr': 0.025, 'train_loss': 2.25}) + '\n' for epoch in (1, 2, 3)]
     yield Subject('history.jsonl', Path(run.path('history.jsonl')), ''.join(lines).encode(), resume)
 
-    content = ''.join(f'train/n{k % 3:08d}/n{k % 3:08d}_{k}.JPEG {k % 3}\n' for k in range(30)).encode()
+    names = [f'train/n{k % 3:08d}/n{k % 3:08d}_{k}.JPEG' for k in range(30)]
+    content = ''.join(f'{name} {k % 3}\n' for k, name in enumerate(names)).encode()
     (folder / 'val_list.txt').write_bytes(content)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
     def read_lists():
         data = imagenet_reader.load(folder, 3)
         assert len(data.train.paths) == len(data.train.labels) and set(data.train.labels) <= {0, 1, 2}
-        assert all(path.startswith((str(folder), '/')) for path in data.train.paths)
+        assert all(os.path.exists(path) for path in data.train.paths)          # 1 % of 30 is less than one
         return data.train.paths, data.train.labels, data.class_names
 
     yield Subject('list of ImageNet', folder / 'train_list.txt', content, read_lists)
@@ -302,8 +308,8 @@ def idx_subjects(folder: Path) -> Iterator[Subject]:
     def read(data_dir: Path):
         data = reader.load('fashion_mnist', data_dir)
         for x, y in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
-            assert x.dtype == np.uint8 and x.shape == (len(y), 3, 32, 32)
-            assert y.dtype == np.int64 and set(y) <= set(range(10))
+            assert x.dtype == np.uint8 and x.shape == (len(y), 3, data.image_size, data.image_size)
+            assert y.dtype == np.int64 and set(y) <= set(range(data.class_num))
         return data[2:7]
 
     for suffix in ('.gz', ''):
@@ -316,13 +322,65 @@ def idx_subjects(folder: Path) -> Iterator[Subject]:
             yield Subject(f'Fashion-MNIST: {path.name}', path, path.read_bytes(), partial(read, data_dir), bool(suffix))
 
 
+def custom_subjects(folder: Path) -> Iterator[Subject]:
+    """Yields an .npz of custom data, also with right checksums, and descriptions of folders of images."""
+    path, rng = folder / 'custom.npz', np.random.default_rng(0)
+    arrays = dict(train_images=rng.integers(0, 256, (6, 8, 8, 3), 'uint8'), train_labels=np.arange(6) % 3,
+                  test_images=rng.integers(0, 256, (3, 8, 8, 3), 'uint8'), test_labels=np.arange(3),
+                  class_names=np.array(['a', 'bc', 'd']))
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+
+    def read_npz():
+        data = reader.load('npz', str(path))
+        for x, y in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+            assert x.dtype == np.uint8 and x.shape == (len(y), 3, data.image_size, data.image_size)
+            assert y.dtype == np.int64 and set(y) <= set(range(data.class_num))
+        assert np.isfinite([data.mean, 1 / data.std]).all() and len(data.class_names) == data.class_num
+        return data[1:9]
+
+    yield Subject('custom arrays (.npz)', path, file.getvalue(), read_npz, checksum=True)
+    with zipfile.ZipFile(file) as archive:
+        members = [(member, archive.read(member)) for member in archive.namelist()]
+    yield Subject('custom arrays (.npz), inside', path, b''.join(content for _, content in members), read_npz,
+                  pack=partial(zip_again, members))
+
+    pixels, description = io.BytesIO(), folder / 'description.txt'
+    Image.new('L', (9, 8), 99).save(pixels, 'PNG')
+
+    def read_folders():
+        """Makes the folder of a description, which has a path per line, and loads it."""
+        with tempfile.TemporaryDirectory() as root:
+            for line in description.read_bytes().splitlines():
+                parts = [part for part in line.split(b'/') if part.strip(b'.') and len(part) < 99 and b'\0' not in part]
+                with contextlib.suppress(OSError):             # a file that is the folder of another one
+                    place = os.path.join(os.fsencode(root), *parts)
+                    os.makedirs(os.path.dirname(place), exist_ok=True)
+                    if line.endswith(b'/'):
+                        os.makedirs(place, exist_ok=True)
+                    else:
+                        with open(place, 'wb') as image:
+                            image.write(pixels.getvalue() if len(line) % 7 else b'no image')
+            data = reader.load('folder', root, 8)
+            assert len(data.train_images) + len(data.test_images) > 1 and (data.train_images == 99).all()
+            assert set(data.train_labels) == set(data.test_labels) == set(range(data.class_num))
+            assert data.class_num == len(set(data.class_names)) > 1
+            return data.class_names, data.train_labels, data.test_labels
+
+    for name, halves in (('train and val', ('train/', 'val/')), ('class folders', ('',))):
+        lines = [f'{half}{label}/{k}.png' for half in halves for label in ('cat', 'dog', '鸟')
+                 for k in (1, 22, 333, 4444)]
+        lines = [line + 'x' * (len(line.encode()) % 7 == 0) for line in lines]        # those are no image files
+        yield Subject(f'folder: {name}', description, '\n'.join(lines).encode(), read_folders)
+
+
 def image_subjects(folder: Path) -> Iterator[Subject]:
     """Yields image files of all formats that the installed Pillow can write."""
     small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), 'uint8')
     image = Image.fromarray(small).resize((80, 60), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6                           # the orientation
-    formats = {'JPEG': dict(quality=80, exif=exif.tobytes()), 'JPEG progressive': dict(progressive=True),
+    formats = {'PPM': {}, 'JPEG': dict(quality=80, exif=exif.tobytes()), 'JPEG progressive': dict(progressive=True),
                'PNG': {}, 'GIF': {}, 'BMP': {}, 'WEBP': {}, 'TIFF': {}, 'TIFF packed': dict(compression='tiff_lzw')}
     for name, settings in formats.items():
         content, path = io.BytesIO(), folder / f'{name}.JPEG'
@@ -354,7 +412,7 @@ def main() -> None:
     row = '{:<42} {:>9} {:>9} {:>9} {:>9} {:>9}'.format
     print(row('reader', 'inputs', *OUTCOMES))
     with tempfile.TemporaryDirectory() as folder:
-        for subjects in (npz_subjects, torch_subjects, text_subjects, idx_subjects, image_subjects):
+        for subjects in (npz_subjects, torch_subjects, text_subjects, idx_subjects, custom_subjects, image_subjects):
             for subject in subjects(Path(folder)):
                 if args.only in subject.name:
                     counts = examine(subject, args.count, args.seed)
