@@ -235,8 +235,8 @@ def load_npz(path: str) -> Dataset:
                 raise UserError(f"{path} lacks {', '.join(missing)}: it has {', '.join(map(repr, list(sizes)[:9]))}")
             check_memory(sum(sizes.values()), f"the arrays of {path}")
             damaged_member = file.testzip()                # before an array is read, see verify_zip
-            if damaged_member is not None:
-                raise UserError(f"{path} is damaged (checksum of {damaged_member!r}): copy it again")
+            if damaged_member is not None or len(file.infolist()) != _announced_entries(path, len(file.infolist())):
+                raise UserError(f"{path} is damaged ({damaged_member or 'its directory'}): copy it again")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*ARRAYS, 'class_names') if name in sizes}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
@@ -263,6 +263,17 @@ def load_npz(path: str) -> Dataset:
         raise UserError(f"{path} has labels up to {largest} for {len(halves[1])} training images: number the classes "
                         "from 0 on")
     return make_dataset('npz', names, halves)
+
+
+def _announced_entries(path: str, default: int) -> int:
+    """Returns the number of entries in the last record of a zip file, or `default` if it ends with a comment.
+
+    A damaged directory may hide entries: without class_names the classes would be numbers.
+    """
+    with open(path, 'rb') as file:
+        file.seek(-22, os.SEEK_END)
+        record = file.read()
+    return struct.unpack('<H', record[10:12])[0] if record.startswith(b'PK\5\6') else default
 
 
 def _names_of_array(path: str, names: np.ndarray) -> list[str]:

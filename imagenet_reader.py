@@ -78,7 +78,8 @@ def load(data_dir: str, class_num: int) -> ImageNet:
         train_folder, valid_folder = find_folders(data_dir)
         if not train_folder or not valid_folder:
             raise UserError(f"no ImageNet in {data_dir}: it must contain train_list.txt and val_list.txt with lines "
-                            f"`path label`, or {LAYOUT}; it contains {contents_of(data_dir)}")
+                            f"`path label`, or {LAYOUT} (train.py --dataset folder splits class folders); it contains "
+                            f"{contents_of(data_dir)}")
         names, train, valid = read_folders(train_folder, valid_folder)
         if len(names) != class_num:
             raise UserError(f"{train_folder} has {len(names)} classes, but --class_num is {class_num}")

@@ -30,15 +30,13 @@ class Predictor:
     def __init__(self, folder: str):
         path = os.path.join(folder, DESCRIPTION)
         try:
-            with open(path, encoding='utf-8') as file:
-                description = json.load(file)
+            description = json.loads(utils.read_text(path))
             self.size, self.short_side, self.padding = (int(description[key]) for key in (
                 'size', 'short_side', 'padding'))
             self.mean, self.std = (np.array(description[key], 'float32').reshape(3, 1, 1) for key in ('mean', 'std'))
             self.class_names, version = description['class_names'], str(description['paddle'])
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): give the folder that export_model.py wrote"
-                            ) from None
+        except UserError as error:
+            raise UserError(f"{error}; --model is the folder that export_model.py wrote") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): export the model again") from None
         base = os.path.join(folder, PROGRAM)

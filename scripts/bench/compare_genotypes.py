@@ -98,9 +98,9 @@ def table(rows: list[dict], groups: dict[str, list]) -> str:
 def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--out', default='experiment', help='folder of all runs (%(default)s)')
+    add('--out', type=utils.path, default='experiment', help='folder of all runs (%(default)s)')
     add('--dataset', default='fashion_mnist', help='data set, as of train_search.py (%(default)s)')
-    add('--data', help='folder of the data set')
+    add('--data', type=utils.path, help='folder of the data set')
     add('--random', type=utils.number(int, 0), default=4, help='number of random genotypes (%(default)s)')
     for kind, seeds, channels, epochs in (('search', [0, 1], 4, 5), ('train', [0], 8, 3)):
         add(f'--{kind}_seeds', type=utils.number(int, 0), nargs='+', default=seeds,
