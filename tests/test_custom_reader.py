@@ -341,6 +341,12 @@ def test_a_training_on_arrays(tmp_path):
     output_of('train.py', *flags, '--init_channels', '4', '--epochs', '10', '--batch_size', '8', '--model_save_dir',
               tmp_path / 'run')
     assert history(tmp_path / 'run')[-1]['best_top1'] > 0.9
+    # Other training images do not change the evaluation: it normalises as the training did.
+    other = write_npz(tmp_path / 'y.npz', train_images=images[:40] // 2, train_labels=labels[:40],
+                      test_images=images[40:], test_labels=labels[40:], class_names=np.array(['red', 'green', 'blue']))
+    output = output_of('train.py', *flags[:4], '--data', other, '--cutout', 'False', '--eval_only', '--pretrained',
+                       tmp_path / 'run' / 'last.npz')
+    assert f"loss {history(tmp_path / 'run')[-1]['test_loss']:.4f}, " in output
     output_of('scripts/export_model.py', '--pretrained', tmp_path / 'run' / 'best.npz', '--out', tmp_path / 'exported')
     Image.fromarray(images[41]).save(tmp_path / 'x.png')
     output = output_of('scripts/predict.py', '--model', tmp_path / 'exported', tmp_path / 'x.png')
