@@ -310,7 +310,7 @@ def test_search_training_export_and_prediction_of_custom_images(tmp_path, capsys
                         'data_checksum': data.checksum}
 
     # The evaluation takes genotype, sizes and split from the file; it refuses what contradicts them.
-    evaluation = [*flags[:6], '--eval_only', '--pretrained', run / 'best.npz']
+    evaluation = [*flags[:6], '--eval_only', '--pretrained', run / 'best.npz', '--model_save_dir', run]
     assert 'top-1 100.00 %' in output_of('train.py', *evaluation).splitlines()[-1]
     for flag, reason in (('--seed 1', '--seed 1 contradicts'), ('--test_portion 0.5', '--test_portion 0.5 contradicts'),
                          ('--image_size 32', '--image_size 32 contradicts')):
@@ -335,17 +335,19 @@ def test_a_training_on_arrays(tmp_path):
     images = np.random.default_rng(0).integers(0, 100, (60, 16, 16, 3), 'uint8')
     labels = np.arange(60) % 3
     images[np.arange(60), :, :, labels] += 120
+    labels[::4] = (labels[::4] + 1) % 3                       # wrong labels, so that the loss does not vanish
     path = write_npz(tmp_path / 'x.npz', train_images=images[:40], train_labels=labels[:40], test_images=images[40:],
                      test_labels=labels[40:], class_names=np.array(['red', 'green', 'blue']))
     flags = ['--use_gpu', 'False', '--dataset', 'npz', '--data', path, '--cutout_length', '4', '--layers', '3']
     output_of('train.py', *flags, '--init_channels', '4', '--epochs', '10', '--batch_size', '8', '--model_save_dir',
               tmp_path / 'run')
-    assert history(tmp_path / 'run')[-1]['best_top1'] > 0.9
+    assert history(tmp_path / 'run')[-1]['best_top1'] == 0.75
     # Other training images do not change the evaluation: it normalises as the training did.
     other = write_npz(tmp_path / 'y.npz', train_images=images[:40] // 2, train_labels=labels[:40],
                       test_images=images[40:], test_labels=labels[40:], class_names=np.array(['red', 'green', 'blue']))
     output = output_of('train.py', *flags[:4], '--data', other, '--cutout', 'False', '--eval_only', '--pretrained',
                        tmp_path / 'run' / 'last.npz')
+    assert history(tmp_path / 'run')[-1]['test_loss'] > 0.1
     assert f"loss {history(tmp_path / 'run')[-1]['test_loss']:.4f}, " in output
     output_of('scripts/export_model.py', '--pretrained', tmp_path / 'run' / 'best.npz', '--out', tmp_path / 'exported')
     Image.fromarray(images[41]).save(tmp_path / 'x.png')
