@@ -145,7 +145,7 @@ class SafeStream:
         try:
             yield
         except OSError as error:
-            self.error = self.error or error
+            self.error = self.error or error.with_traceback(None)            # which would keep all objects of the run
             with contextlib.suppress(OSError):         # Python flushes the rest of its buffer when it exits
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 

@@ -81,7 +81,7 @@ class BrokenStream(io.StringIO):
         self.broken = error
 
     def write(self, text=''):
-        raise self.broken
+        raise OSError(*self.broken.args)
 
     flush = write
 

@@ -123,7 +123,7 @@ def _load() -> bool:
     library, reason = _open(path)
     if not library:
         log.info("compiling the operators for this machine" + (f", because {reason}" if reason else '') +
-                 " (once, about a minute; --custom_ops False skips it)")
+                 " (once, about a minute on two free cores; --custom_ops False skips it)")
         reason = compile_to(path)
         if not reason:
             library, reason = _open(path)
