@@ -10,6 +10,8 @@ import pictures
 from imagenet_reader import validation_image
 from utils import UserError
 
+pytestmark = pytest.mark.paddle_free
+
 
 @pytest.fixture(scope='module')
 def imagenet(tmp_path_factory):

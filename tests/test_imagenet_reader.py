@@ -21,6 +21,7 @@ from engine.workers import Workers
 from imagenet_reader import ImageBatches, Samples, random_box, shift_hue, training_image, validation_image
 from utils import UserError
 
+pytestmark = pytest.mark.paddle_free
 
 
 # --- Decoding

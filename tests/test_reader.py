@@ -19,6 +19,7 @@ import make_sample
 import reader
 from utils import UserError
 
+pytestmark = pytest.mark.paddle_free
 FASHION_MNIST = '/usr/share/datasets/fashion-mnist'           # of Debian's package dataset-fashion-mnist
 MEAN, STD = np.array([0.5, 0.4, 0.3], 'float32'), np.array([0.25, 0.2, 0.1], 'float32')
 

@@ -208,7 +208,9 @@ def compile_to(path: str) -> str | None:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder, \
                 open(os.path.join(folder, 'output'), 'w+', errors='replace') as output, \
                 Elapsed('compiling the operators') as elapsed:
+            # Most versions of setuptools compile C++ with CC, and use CXX to link only.
             process = subprocess.Popen([sys.executable, '-m', 'engine.custom_ops', folder],
+                                       env={**os.environ, 'CC': shlex.join(compiler), 'CXX': shlex.join(compiler)},
                                        cwd=os.path.dirname(os.path.dirname(HERE)), stdout=output, stderr=output)
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
