@@ -126,8 +126,8 @@ utils.run(main)
 '''
 
 
-@pytest.mark.parametrize('redirect', ['>&-', '2>&-', '>&- 2>&-', '<&- >&- 2>&-', '| head -1', '2>&1 | head -1',
-                                      '2>&1 | true'])
+@pytest.mark.paddle_free
+@pytest.mark.parametrize('redirect', ['>&-', '<&- >&- 2>&-', '| head -1', '2>&1 | head -1'])
 def test_closed_streams_and_broken_pipes_in_a_process(tmp_path, redirect):
     (tmp_path / 'code.py').write_text(CODE.format(log=str(tmp_path / 'log.txt')), encoding='utf-8')
     done = subprocess.run(['bash', '-c', f'set -o pipefail; {sys.executable} {tmp_path}/code.py {redirect}'],
@@ -137,7 +137,8 @@ def test_closed_streams_and_broken_pipes_in_a_process(tmp_path, redirect):
     assert [line[20:] for line in lines] == ['before: caf\\udce9 中文', *(f'line {k}: 中文' for k in range(3))]
 
 
-@pytest.mark.parametrize('environment', [{'PYTHONIOENCODING': 'ascii'}, {'PYTHONIOENCODING': 'latin1'},
+@pytest.mark.paddle_free
+@pytest.mark.parametrize('environment', [{'PYTHONIOENCODING': 'latin1'},
                                          {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}])
 def test_text_that_the_console_cannot_encode_is_escaped(tmp_path, environment):
     (tmp_path / 'code.py').write_text(CODE.format(log=str(tmp_path / 'log.txt')), encoding='utf-8')
