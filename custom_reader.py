@@ -5,6 +5,7 @@ refused before it is read.
 """
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import logging
@@ -169,8 +170,10 @@ def decoded(paths: list[str], folder: str, size: int, cache_dir: str | None) -> 
     """
     key = hashlib.sha256(repr((RULES, PIL.__version__, size)).encode())
     for path in paths:
-        status = os.stat(path)
-        key.update(os.fsencode(os.path.relpath(path, folder)) + b'\0%d %d\0' % (status.st_size, status.st_mtime_ns))
+        with contextlib.suppress(OSError):                 # a link to a missing file: it is unreadable below
+            status = os.stat(path)
+            key.update(b'%d %d ' % (status.st_size, status.st_mtime_ns))
+        key.update(os.fsencode(os.path.relpath(path, folder)) + b'\0')
     cache = None
     if cache_dir is not None:
         name = os.path.basename(os.path.abspath(folder)) or 'images'

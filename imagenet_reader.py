@@ -181,12 +181,25 @@ def contents_of(folder: str) -> str:
 
 
 def find_folders(data_dir: str) -> tuple[str | None, str | None]:
-    """Returns the folders train and val (or valid, or test) in data_dir, None for one that does not exist."""
-    found = [path for name in VALIDATION_FOLDERS if os.path.isdir(path := os.path.join(data_dir, name))]
+    """Returns the folders train and val (or valid, or test) in data_dir, None for one that does not exist.
+
+    Next to other folders, those of classes, they are folders of classes too, unless train has folders itself.
+    """
+    names = _folders_in(data_dir)
+    train = os.path.join(data_dir, 'train') if 'train' in names else None
+    if names - {'train', *VALIDATION_FOLDERS} and not (train and _folders_in(train)):
+        return None, None
+    found = [os.path.join(data_dir, name) for name in VALIDATION_FOLDERS if name in names]
     if len(found) > 1:
         log.info(f"{found[0]} is used for validation, {' and '.join(found[1:])} not")
-    train = os.path.join(data_dir, 'train')
-    return train if os.path.isdir(train) else None, found[0] if found else None
+    return train, found[0] if found else None
+
+
+def _folders_in(folder: str) -> set[str]:
+    try:
+        return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)}
+    except OSError:
+        return set()
 
 
 def read_folders(train: str, valid: str) -> tuple[tuple[str, ...], Samples, Samples]:

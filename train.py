@@ -1,8 +1,9 @@
-"""Trains the network of a genotype from scratch on CIFAR-10 or another data set of 32 x 32 images.
+"""Trains the network of a genotype from scratch on CIFAR-10, another data set in memory, or custom data.
 
     python train.py --arch DARTS_PADDLE                            # CIFAR-10
     python train.py --arch search/genotype.json                    # the result of a search
     python train.py --dataset fashion_mnist_sample --init_channels 8 --layers 5 --epochs 30
+    python train.py --dataset folder --data my_images              # custom images, or --dataset npz for arrays
     python train.py --resume                                       # continue after a stop or a crash
     python train.py --eval_only --pretrained eval_cifar10/best.npz
     python -m paddle.distributed.launch --gpus 0,1,2,3 train.py    # four GPUs
@@ -152,7 +153,7 @@ class Pretrained(NamedTuple):
         if count != data.class_num:
             raise UserError(f"{self.path} is for {count} classes, {data.name} has {data.class_num}")
         if names and data.class_names and list(names) != list(data.class_names):
-            pair = next(pair for pair in zip(names, data.class_names) if pair[0] != pair[1])
+            pair = next((pair for pair in zip(names, data.class_names) if pair[0] != pair[1]), ('more names', 'fewer'))
             raise UserError(f"{self.path} is for other classes than those of {data.name}: {pair[0]!r} there, "
                             f"{pair[1]!r} here")
 

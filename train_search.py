@@ -4,6 +4,7 @@
     python train_search.py --unrolled False                        # first order
     python train_search.py --primitives none,skip_connect,sep_conv_3x3 --nodes 3          # another search space
     python train_search.py --dataset fashion_mnist_sample --init_channels 4 --epochs 2    # small, no download
+    python train_search.py --dataset folder --data my_images       # custom images, or --dataset npz for arrays
     python train_search.py --resume                                # continue after a stop or a crash
     python -m paddle.distributed.launch --gpus 0,1,2,3 train_search.py                    # four GPUs
 """

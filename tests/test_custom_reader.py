@@ -83,6 +83,20 @@ def test_class_folders_are_split_by_seed_and_stratified(tmp_path):
     assert {image.tobytes() for image in reader.load('folder', str(tmp_path)).test_images} == parts[0, 0.2]
 
 
+def test_classes_may_be_named_train_and_test(tmp_path):
+    make_folders(tmp_path, (4, 4, 4))
+    for name, new in zip(CLASSES, ('train', 'test', 'bus')):
+        os.rename(tmp_path / name, tmp_path / new)
+    data = reader.load('folder', str(tmp_path))
+    assert data.class_names == ('bus', 'test', 'train') and len(data.train_labels) == 9
+
+
+def test_a_link_to_a_missing_file_is_unreadable(tmp_path, caplog):
+    make_folders(tmp_path, (100, 50))
+    (tmp_path / CLASSES[0] / 'x.png').symlink_to('missing.png')
+    assert len(reader.load('folder', str(tmp_path)).train_labels) == 120 and 'x.png (FileNotFoundError' in caplog.text
+
+
 def test_the_cache_is_valid_for_exactly_the_files_that_it_was_made_of(tmp_path, halves, monkeypatch, caplog):
     caplog.set_level('INFO')
     decoded = []
