@@ -168,8 +168,8 @@ class Pretrained(NamedTuple):
 def load_architecture(args: argparse.Namespace, kind: type[Network]) -> tuple[genotypes.Genotype, Pretrained | None]:
     """Returns the genotype to train or to evaluate, and the content of --pretrained, or None without it.
 
-    With --pretrained the genotype, init_channels and layers are those of the file, and with --eval_only the number of
-    classes too: they are set in args. Raises UserError when a flag contradicts the file.
+    With --pretrained the genotype, init_channels and layers are those of the file, with --eval_only also the data set,
+    its split and the size of its images: they are set in args. Raises UserError when a flag contradicts the file.
     """
     given = vars(args).pop('given')
     if not args.pretrained:
@@ -186,6 +186,9 @@ def load_architecture(args: argparse.Namespace, kind: type[Network]) -> tuple[ge
     sizes = {'init_channels': shape.init_channels, 'layers': shape.layers}
     if args.eval_only and kind is NetworkImageNet:         # the other data sets have their own number
         sizes['class_num'] = shape.class_num
+    if args.eval_only and kind is NetworkCIFAR and metadata.get('dataset') in (*reader.DATASETS, *reader.CUSTOM) \
+            and 'dataset' not in given:
+        args.dataset = metadata['dataset']
     if getattr(args, 'dataset', None) == 'folder':
         if metadata.get('image_size') and (args.eval_only or 'image_size' not in given):
             sizes['image_size'] = metadata['image_size']

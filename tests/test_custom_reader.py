@@ -324,7 +324,9 @@ def test_search_training_export_and_prediction_of_custom_images(tmp_path, capsys
                         'data_checksum': data.checksum}
 
     # The evaluation takes genotype, sizes and split from the file; it refuses what contradicts them.
-    evaluation = [*flags[:6], '--eval_only', '--pretrained', run / 'best.npz', '--model_save_dir', run]
+    assert_one_line(run_in_process('train.py', '--eval_only', '--pretrained', run / 'best.npz'),
+                    '--dataset folder needs --data FOLDER')
+    evaluation = [*flags[:2], *flags[4:6], '--eval_only', '--pretrained', run / 'best.npz', '--model_save_dir', run]
     assert 'top-1 100.00 %' in output_of('train.py', *evaluation).splitlines()[-1]
     for flag, reason in (('--seed 1', '--seed 1 contradicts'), ('--test_portion 0.5', '--test_portion 0.5 contradicts'),
                          ('--image_size 32', '--image_size 32 contradicts')):
