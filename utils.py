@@ -170,7 +170,7 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             out.flush()
-            print(f"error: {error}", file=err)
+            print("error:", ' '.join(str(error).splitlines()), file=err)      # the name of a file may have several lines
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=err)

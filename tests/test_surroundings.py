@@ -241,6 +241,10 @@ def test_the_operators_are_compiled_into_a_folder_with_a_difficult_name(monkeypa
     assert 'compiling the operators' in outputs[0].stderr and 'compiling' not in outputs[1].stderr
 
 
+def test_an_error_is_one_line_whatever_the_name_of_the_file(tmp_path):
+    assert_one_line(run_in_process('train.py', '--pretrained', tmp_path / 'a\nb.npz'), 'a b.npz does not exist')
+
+
 def test_the_archive_of_a_data_set_may_be_given(tmp_path):
     path = tmp_path / 'cifar-10-python.tar.gz'
     path.write_bytes(b'no archive')
