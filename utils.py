@@ -170,7 +170,7 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             out.flush()
-            print("error:", ' '.join(str(error).splitlines()), file=err)      # the name of a file may have several lines
+            print("error:", ' '.join(str(error).splitlines()), file=err)   # a name may have several
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=err)
