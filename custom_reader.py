@@ -53,7 +53,7 @@ def make_dataset(name: str, class_names: Sequence[str] | None, arrays: Sequence[
         log.warning(f"{name}: the classes {', '.join(untrained[:5])} have test images but no training images")
     if not counts.all():
         log.warning(f"{name}: {np.sum(counts == 0)} of the {class_num} classes have no images, the first is "
-                    f"{int(np.argmin(counts))}")
+                    f"{int(np.argmin(counts))}" + ("; are the labels numbered from 0?" if not counts[0] else ''))
     mean, std = statistics(images)
     return Dataset(name, class_num, tuple(class_names or map(str, range(class_num))), *arrays, mean, std,
                    checksum=checksum(arrays), **fields)
@@ -112,6 +112,8 @@ def load_folder(folder: str, image_size: int | None = None, test_portion: float 
     """
     size = image_size or IMAGE_SIZE
     check_size(size, size, f"--image_size {size}: {folder}")
+    if test_portion is not None and not 0 < test_portion < 1:
+        raise UserError(f"--test_portion {test_portion:g} leaves no training images: choose a number between 0 and 1")
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: --dataset folder needs one with {LAYOUT}, or with class folders")
     train, test = find_folders(folder)
@@ -211,8 +213,10 @@ def decoded(paths: list[str], folder: str, size: int, cache_dir: str | None) -> 
     if cache:
         try:
             os.makedirs(cache_dir, exist_ok=True)
-            utils.write_file(cache, lambda file: write_arrays(
+            part = f'{cache}.{os.getpid()}'                # several runs may start at once
+            utils.write_file(part, lambda file: write_arrays(
                 file, {'files': key.hexdigest()}, {'images': images, 'readable': readable}))
+            os.replace(part, cache)
             log.info(f"{cache}: decoded images, {images.nbytes / 1e6:.0f} MB; may be deleted")
         except OSError as error:
             log.warning(f"the decoded images cannot be kept in {cache}: {error.strerror or error}")

@@ -40,7 +40,7 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)   # of the random crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4
 HUE = 0.2
 MAX_UNREADABLE = 0.01                       # share of the images
-VALIDATION_FOLDERS = ('val', 'valid', 'test')        # names of the folder next to train, the first one is used
+VALIDATION_FOLDERS = ('val', 'valid', 'validation', 'test') # next to train
 
 
 class Samples(NamedTuple):
@@ -192,6 +192,9 @@ def find_folders(data_dir: str) -> tuple[str | None, str | None]:
     found = [os.path.join(data_dir, name) for name in VALIDATION_FOLDERS if name in names]
     if len(found) > 1:
         log.info(f"{found[0]} is used for validation, {' and '.join(found[1:])} not")
+    others = sorted(names - {'train', *VALIDATION_FOLDERS})
+    if train and others:
+        log.info(f"{data_dir}: {', '.join(others[:5])} ignored, because the images are in train")
     return train, found[0] if found else None
 
 
@@ -218,7 +221,8 @@ def read_class_folders(folder: str) -> tuple[tuple[str, ...], Samples]:
     class folder, or one without an image.
     """
     try:
-        entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+        entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)
+                   and not os.path.isfile(os.path.join(entry.path, 'args.json'))]                # the folder of a run
         classes = sorted(entry.name for entry in entries if entry.is_dir())
         flat = sum(entry.name.lower().endswith(SUFFIXES) and not entry.is_dir() for entry in entries)
         if not classes:
@@ -259,7 +263,8 @@ def open_image(path: str) -> Image.Image:
     """Opens an image in the mode L or RGB, without its EXIF orientation applied; a JPEG is not decoded yet.
 
     Values of more than 8 bits are scaled to 0..255: 16 bits from 0..65535; floats from 0..1, or from 0..255 when one is
-    above 1. Raises any of Pillow's errors if the file is damaged or none of FORMATS, and ValueError if its header
+    above 1. Transparency is ignored, unless it alone has the content: an image of one colour is put on white, or on
+    black if it is light. Raises any of Pillow's errors if the file is damaged or none of FORMATS, and ValueError if its header
     announces too many pixels, and if its values do not use the range of its mode, because it would become black.
     """
     image = Image.open(path, formats=FORMATS)
@@ -290,7 +295,14 @@ def _as_l_or_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"its mode is {image.mode} with values from {low:g} to {high:g}, which would become black "
                              "or be cut off: scale them to 0..65535, or save them with 8 bits")
         return Image.fromarray((pixels * (255 / white)).astype('uint8'))
-    return image.convert('RGBA').convert('RGB') if image.mode in ('P', 'PA') else image.convert('RGB')
+    if 'A' not in image.getbands() and 'transparency' not in image.info:
+        return image.convert('RGB')
+    image = image.convert('RGBA')
+    *colours, alpha = image.getextrema()
+    if all(low == high for low, high in colours) and alpha[0] < alpha[1]:         # a shape of one colour
+        ground = 255 if sum(low for low, _ in colours) < 3 * 128 else 0
+        image = Image.alpha_composite(Image.new('RGBA', image.size, (ground, ground, ground, 255)), image)
+    return image.convert('RGB')
 
 
 def crop_and_resize(image: Image.Image, box: Box, size: int) -> Image.Image:

@@ -139,6 +139,8 @@ def load_for(args: argparse.Namespace) -> Dataset:
     Decoded images are kept next to the folder of the run. Raises UserError when a flag contradicts the data set.
     """
     run = os.path.abspath(args.model_save_dir)
+    if getattr(args, 'eval_only', False):
+        run = os.path.dirname(os.path.abspath(args.pretrained))
     data = load(args.dataset, args.data, args.image_size, args.test_portion, args.seed, os.path.dirname(run))
     args.class_num, args.image_size = check_class_num(args.class_num, data), data.image_size
     args.data_checksum = data.checksum             # a run is not resumed with other images

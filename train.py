@@ -195,6 +195,9 @@ def load_architecture(args: argparse.Namespace, kind: type[Network]) -> tuple[ge
         # In another split the test set would have images that trained the weights.
         if args.eval_only and metadata.get('split') and not all(find_folders(args.data or '.')):
             sizes.update(metadata['split'])
+        elif metadata.get('split') and metadata['split'].get('seed') != args.seed and not args.eval_only:
+            log.warning(f"{args.pretrained} was trained on another split, by seed {metadata['split'].get('seed')}: if "
+                        "the images are the same, the test set has images that trained the weights")
     for name, value in sizes.items():
         if name in given and getattr(args, name) != value:
             raise UserError(f"--{name} {getattr(args, name)} contradicts {args.pretrained}, which has {value}: "

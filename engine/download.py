@@ -24,7 +24,7 @@ def download(files: dict[str, str], folder: str, expected: Collection[str]) -> N
         if names and not {name.removesuffix('.gz') for name in names} & {name.removesuffix('.gz') for name in expected}:
             raise UserError(f"{folder} holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}, expected "
                             f"{' or '.join(list(expected)[:2])}: give the folder of the data set, or a new one to "
-                            "download it into")
+                            "download it into; for custom images give --dataset folder")
     paths = {url: os.path.join(folder, os.path.basename(url)) for url in files}
     with _captured_log(downloader.logger, logging.getLogger('httpx')) as messages:
         for url, md5 in files.items():

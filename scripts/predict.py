@@ -79,6 +79,9 @@ class Predictor:
     def top5(self, path: str) -> list[tuple[str, float]]:
         """Returns up to 5 pairs (class, probability) of an image file, the most probable first."""
         logits, = self.logits(self.read(path)[None])
+        if self.class_names and len(self.class_names) != len(logits):
+            raise UserError(f"{DESCRIPTION} names {len(self.class_names)} classes, but the network has {len(logits)}: "
+                            "export the model again")
         probabilities = np.exp(logits - logits.max())
         probabilities /= probabilities.sum()
         best = np.argsort(-probabilities, kind='stable')[:5]

@@ -118,6 +118,16 @@ def test_values_of_more_than_8_bits_are_scaled_by_their_mode_or_refused(tmp_path
     assert found[[0, 0, -1, -1], [0, -1, 0, -1], 0].tolist() == expected and (found == found[:, :, :1]).all()
 
 
+@pytest.mark.parametrize('mode, colour, ground', [
+    ('RGBA', (0, 0, 0), 255), ('RGBA', (255, 255, 255), 0), ('LA', (0,), 255), ('RGBA', (200, 30, 30), 255)])
+def test_a_shape_that_is_in_the_transparency_alone_is_kept(tmp_path, mode, colour, ground):
+    image = Image.new(mode, (8, 8), (*colour, 0))
+    image.paste((*colour, 255), (0, 0, 4, 8))
+    image.save(tmp_path / 'x.png')
+    found = validation_image(tmp_path / 'x.png', 8, 8)
+    assert found[0, 0].tolist() == list(colour * (3 // len(colour))) and (found[0, -1] == ground).all()
+
+
 def test_16_bits_in_a_pgm(tmp_path):
     (tmp_path / 'x.pgm').write_bytes(b'P5 8 8 65535 ' + np.full((8, 8), 51 * 257, '>u2').tobytes())
     assert (validation_image(tmp_path / 'x.pgm', 8, 8) == 51).all()

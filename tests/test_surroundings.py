@@ -129,8 +129,8 @@ utils.run(main)
 @pytest.mark.paddle_free
 @pytest.mark.parametrize('redirect', ['>&-', '<&- >&- 2>&-', '| head -1', '2>&1 | head -1'])
 def test_closed_streams_and_broken_pipes_in_a_process(tmp_path, redirect):
-    (tmp_path / 'code.py').write_text(CODE.format(log=str(tmp_path / 'log.txt')), encoding='utf-8')
-    done = subprocess.run(['bash', '-c', f'set -o pipefail; {sys.executable} {tmp_path}/code.py {redirect}'],
+    (tmp_path / 'a_script.py').write_text(CODE.format(log=str(tmp_path / 'log.txt')), encoding='utf-8')
+    done = subprocess.run(['bash', '-c', f'set -o pipefail; {sys.executable} {tmp_path}/a_script.py {redirect}'],
                           capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ROOT})
     assert done.returncode == 0 and 'Error' not in done.stderr and 'Exception' not in done.stderr, done.stderr
     lines = (tmp_path / 'log.txt').read_text(encoding='utf-8').splitlines()
@@ -141,8 +141,8 @@ def test_closed_streams_and_broken_pipes_in_a_process(tmp_path, redirect):
 @pytest.mark.parametrize('environment', [{'PYTHONIOENCODING': 'latin1'},
                                          {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}])
 def test_text_that_the_console_cannot_encode_is_escaped(tmp_path, environment):
-    (tmp_path / 'code.py').write_text(CODE.format(log=str(tmp_path / 'log.txt')), encoding='utf-8')
-    done = subprocess.run([sys.executable, str(tmp_path / 'code.py'), 'error'], capture_output=True,
+    (tmp_path / 'a_script.py').write_text(CODE.format(log=str(tmp_path / 'log.txt')), encoding='utf-8')
+    done = subprocess.run([sys.executable, str(tmp_path / 'a_script.py'), 'error'], capture_output=True,
                           env={**os.environ, 'PYTHONPATH': ROOT, **environment})
     assert done.returncode == 2 and b'Traceback' not in done.stderr
     assert b'line 2: \\u4e2d\\u6587' in done.stdout and b'caf\\udce9' in done.stdout
