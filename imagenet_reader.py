@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from reader import Batches
-from utils import UserError, decode
+from utils import UserError, contents_of, decode, folders_in, is_hidden
 
 if TYPE_CHECKING:
     from engine.workers import Workers
@@ -40,7 +40,7 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)   # of the random crop
 BRIGHTNESS = CONTRAST = SATURATION = 0.4
 HUE = 0.2
 MAX_UNREADABLE = 0.01                       # share of the images
-VALIDATION_FOLDERS = ('val', 'valid', 'validation', 'test') # next to train
+VALIDATION_FOLDERS = ('val', 'valid', 'validation', 'test')        # next to train
 
 
 class Samples(NamedTuple):
@@ -166,28 +166,14 @@ def _names_by_folder(samples, class_num):
         len(pairs) == len(names) == len(set(names.values())) == class_num) else None
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder belongs to the system or a tool: .ipynb_checkpoints, ._x.jpg and __MACOSX of macOS."""
-    return name.startswith('.') or name == '__MACOSX'
-
-
-def contents_of(folder: str) -> str:
-    """Returns the first names in a folder as a phrase for a message."""
-    try:
-        names = sorted(entry.name + '/' * entry.is_dir() for entry in os.scandir(folder) if not is_hidden(entry.name))
-    except OSError as error:
-        return f"nothing that can be read ({error.strerror or error})"
-    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '') if names else "no files"
-
-
 def find_folders(data_dir: str) -> tuple[str | None, str | None]:
     """Returns the folders train and val (or valid, or test) in data_dir, None for one that does not exist.
 
     Next to other folders, those of classes, they are folders of classes too, unless train has folders itself.
     """
-    names = _folders_in(data_dir)
+    names = folders_in(data_dir)
     train = os.path.join(data_dir, 'train') if 'train' in names else None
-    if names - {'train', *VALIDATION_FOLDERS} and not (train and _folders_in(train)):
+    if names - {'train', *VALIDATION_FOLDERS} and not (train and folders_in(train)):
         return None, None
     found = [os.path.join(data_dir, name) for name in VALIDATION_FOLDERS if name in names]
     if len(found) > 1:
@@ -196,13 +182,6 @@ def find_folders(data_dir: str) -> tuple[str | None, str | None]:
     if train and others:
         log.info(f"{data_dir}: {', '.join(others[:5])} ignored, because the images are in train")
     return train, found[0] if found else None
-
-
-def _folders_in(folder: str) -> set[str]:
-    try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)}
-    except OSError:
-        return set()
 
 
 def read_folders(train: str, valid: str) -> tuple[tuple[str, ...], Samples, Samples]:
@@ -264,8 +243,8 @@ def open_image(path: str) -> Image.Image:
 
     Values of more than 8 bits are scaled to 0..255: 16 bits from 0..65535; floats from 0..1, or from 0..255 when one is
     above 1. Transparency is ignored, unless it alone has the content: an image of one colour is put on white, or on
-    black if it is light. Raises any of Pillow's errors if the file is damaged or none of FORMATS, and ValueError if its header
-    announces too many pixels, and if its values do not use the range of its mode, because it would become black.
+    black if it is light. Raises any of Pillow's errors if the file is damaged or none of FORMATS, and ValueError if its
+    header announces too many pixels, and if its values do not use the range of its mode: it would become black.
     """
     image = Image.open(path, formats=FORMATS)
     try:

@@ -285,6 +285,28 @@ def decode(path: str, content: bytes) -> str:
     return text
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder belongs to the system or a tool: .ipynb_checkpoints, ._x.jpg and __MACOSX of macOS."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
+def contents_of(folder: str) -> str:
+    """Returns the first names in a folder as a phrase for a message."""
+    try:
+        names = sorted(entry.name + '/' * entry.is_dir() for entry in os.scandir(folder) if not is_hidden(entry.name))
+    except OSError as error:
+        return f"nothing that can be read ({error.strerror or error})"
+    return ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '') if names else "no files"
+
+
+def folders_in(folder: str) -> set[str]:
+    """Returns the names of the folders in a folder that are not hidden; none when it cannot be read."""
+    try:
+        return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)}
+    except OSError:
+        return set()
+
+
 def write_file(path: str, content: str | bytes | Callable) -> None:
     """Writes a file atomically: temporary file, fsync, rename.
 
