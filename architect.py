@@ -62,19 +62,19 @@ class Architect:
 
     def update(self, train: dict, valid: dict, lr: float) -> None:
         """Like `step`, with batches from `Supernet.feed`."""
-        run, run_alphas = self.supernet.run, self.supernet.run_alphas
-        xi = np.array([lr], self.store.dtype)
+        run, run_alphas = self.supernet.compute_gradients, self.supernet.compute_alpha_gradient
+        self.store.set_number('lr', lr)
         if self.unrolled:
             run(train)                   # 1  g = grad_w L_train(w, alpha)
             average_gradients(self.store, 'gradient')
-            self._virtual_step(xi=xi)    # 2  w' = w - xi (mu v + g + lambda w)
+            self._virtual_step()         # 2  w' = w - xi (mu v + g + lambda w)
             run(valid)                   # 3  grad_alpha L_val(w', alpha),  u = grad_w' L_val(w', alpha)
             average_gradients(self.store, 'gradient')
             self._plus()                 # 4  eps = r / ||u||,  w + eps u
             run_alphas(train)            #    grad_alpha L_train(w + eps u, alpha)
             self._minus()                #    w - eps u
             run_alphas(train)            #    grad_alpha L_train(w - eps u, alpha)
-            self._second_order(xi=xi)    # 5, 6  d_alpha; restores w
+            self._second_order()         # 5, 6  d_alpha; restores w
         else:
             run_alphas(valid)            # d_alpha = grad_alpha L_val(w, alpha)
         average_gradients(self.store, self.gradient_name)        # d_alpha is linear in the three gradients of alpha
@@ -86,8 +86,7 @@ class Architect:
 
     def _build_virtual_step(self) -> list:
         """Saves w, then theta <- w - xi (mu v + g + lambda w)."""
-        xi = self.store.input('xi', [1])
-        w, v, g = map(self.store.variable, ('theta', 'velocity', 'gradient'))
+        w, v, g, xi = map(self.store.variable, ('theta', 'velocity', 'gradient', 'lr'))
         virtual, _ = self.optimizer.rule(w, v, g, xi)
         self.store.assign('w', w)
         self.store.assign('theta', virtual)
@@ -113,9 +112,8 @@ class Architect:
 
     def _build_second_order(self) -> list:
         """d_alpha <- grad_alpha L_val(w', alpha) - xi h, then theta <- w."""
-        xi = self.store.input('xi', [1])
-        validation, plus, minus, eps, w = map(self.store.variable, (
-            'validation_gradient', 'plus_gradient', 'alpha_gradient', 'eps', 'w'))
+        validation, plus, minus, eps, w, xi = map(self.store.variable, (
+            'validation_gradient', 'plus_gradient', 'alpha_gradient', 'eps', 'w', 'lr'))
         h = (plus - minus) / (eps + eps)
         self.store.assign('d_alpha', validation - xi * h)
         self.store.assign('theta', w)

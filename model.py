@@ -160,10 +160,12 @@ class Network(FlatNetwork):
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
         self._allocate(place, dtype, np.random.default_rng(seed))
+        self.store.set_number('keep', 1.0)         # the probability of keeping an edge in drop path
         if with_training and build_programs:
             self._run = StaticProgram(self.store, self._build_training)
         if build_programs:
             self._evaluate = StaticProgram(self.store, self._build_evaluation)
+        self._infer: StaticProgram | None = None
 
     def _check_auxiliary(self, layers: int) -> None:
         size, reductions = self.image_size // self.STEM_STRIDE, len({layers // 3, 2 * layers // 3})
@@ -182,7 +184,7 @@ class Network(FlatNetwork):
         return self.layout.multiply_adds(without=AUXILIARY)
 
     def _build_training(self) -> list:
-        """Builds the training program: gradient, running statistics; returns [loss, top-1, top-5]."""
+        """Builds the training program: gradient, running statistics; fetches nothing."""
         images, labels = self._inputs()
         theta = self.store.variable('theta', trainable=True)
         self._unpack(theta, training=True)
@@ -194,14 +196,22 @@ class Network(FlatNetwork):
         gradient, = paddle.static.gradients([loss], [theta])
         self.store.assign('gradient', gradient)
         self.store.assign('statistics', self.layout.statistics.pack())
-        return [loss, *self._accuracies(logits, labels)]
+        self._assign_metrics(loss, logits, labels)
+        return []
 
     def _build_evaluation(self) -> list:
-        """Builds the evaluation program; returns [loss, top-1, top-5, logits]."""
+        """Builds the evaluation program; fetches nothing."""
         images, labels = self._inputs()
         self._unpack(self.store.variable('theta'), training=False)
         logits, _ = self._logits(images)
-        return [F.cross_entropy(logits, labels), *self._accuracies(logits, labels), logits]
+        self._assign_metrics(F.cross_entropy(logits, labels), logits, labels)
+        return []
+
+    def _build_logits(self) -> list:
+        """Builds the evaluation program without labels; returns [logits]."""
+        images, _ = self._inputs()
+        self._unpack(self.store.variable('theta'), training=False)
+        return [self._logits(images)[0]]
 
     def _unpack(self, theta, training: bool) -> None:
         self.layout.training = training
@@ -213,7 +223,7 @@ class Network(FlatNetwork):
         if not self.use_drop_path:
             return [None] * len(self.cells)
         counts = [sum(cell.droppable) for cell in self.cells]            # 0 for a cell of identities
-        masks = drop_path_masks(paddle.shape(images)[0], sum(counts), self.store.input('keep', [1]))
+        masks = drop_path_masks(paddle.shape(images)[0], sum(counts), self.store.variable('keep'))
         parts = iter(paddle.split(masks, [count for count in counts if count], axis=1))
         return [next(parts) if count else None for count in counts]
 
@@ -244,16 +254,20 @@ class Network(FlatNetwork):
         """
         if self.use_drop_path:
             paddle.seed(seed)
-            feed = dict(feed, keep=np.array([1 - drop_path_prob], self.store.dtype))
-        return Evaluation(*map(float, self._run(**feed)))
+            self.store.set_number('keep', 1 - drop_path_prob)
+        self._run(**feed)
+        return self._metrics()
 
     def evaluate(self, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         """Returns mean loss, top-1 and top-5 accuracy (fractions) of a batch, with running statistics."""
-        return Evaluation(*map(float, self._evaluate(**self.feed(images, labels))[:3]))
+        self._evaluate(**self.feed(images, labels))
+        return self._metrics()
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Returns the logits [N, classes] of images [N, 3, H, W], with running statistics."""
-        return self._evaluate(**self.feed(images, np.zeros(len(images))))[3]
+        if self._infer is None:            # few users need it
+            self._infer = StaticProgram(self.store, self._build_logits)
+        return self._infer(**self.feed(images, np.zeros(len(images))))[0]
 
     def load_weights(self, weights: dict[str, np.ndarray], classifiers: bool = True) -> None:
         """Sets all weights and running statistics from {name: array}; the classifiers keep theirs if not `classifiers`.

@@ -41,7 +41,7 @@ import paddle.nn.functional as F
 
 from engine import custom_ops
 from engine.network import Evaluation, FlatNetwork
-from engine.parameters import FlatBuffer, FlatParameters, check_finite
+from engine.parameters import FlatParameters, ParameterGroup, check_finite, split
 from engine.programs import StaticProgram
 from genotypes import DARTS_SPACE, Genotype, SearchSpace, derive
 from operations import (BN_EPSILON, OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, States, batch_norm,
@@ -65,6 +65,57 @@ def add_up(summands: list):
     return paddle.add_n(summands) if len(summands) > 1 else summands[0]
 
 
+class MixingWeights:
+    """The mixing weights of one kind of cell, arranged for the operations of `MixedOps`.
+
+    The cells of a kind share them. An arrangement takes every entry of the table once, so it is the product with a
+    permutation matrix, `permutation`. The gradient of a gather would add atomically on GPUs, in a different order, and
+    so with a different rounding, in every run.
+    """
+
+    def __init__(self, space: SearchSpace):
+        self.shape = space.edges, len(space.primitives)
+        self._scales: dict[tuple, int] = {}        # {entries (edge, primitive): number}
+        self._kernels: dict[tuple, ParameterGroup] = {}
+
+    def add_scales(self, entries: list[tuple]) -> int:
+        """Declares entries (edge, primitive) as scales of channels; returns the position of the group in `scales`."""
+        return self._scales.setdefault(tuple(entries), len(self._scales))
+
+    def add_kernel(self, nodes: int, entries: list[tuple]) -> ParameterGroup:
+        """Declares entries (edge, primitive) as a 1x1 kernel of [nodes] outputs."""
+        kernel = ParameterGroup(1, [nodes, len(entries) // nodes, 1, 1])
+        return self._kernels.setdefault(tuple(entries), kernel)
+
+    @property
+    def permutation(self) -> np.ndarray:
+        """The matrix [entries in use, edges * primitives] of zeros and ones: scales first, then kernels."""
+        entries = [entry for group in (*self._scales, *self._kernels) for entry in group]
+        return np.eye(math.prod(self.shape))[[edge * self.shape[1] + k for edge, k in entries]]
+
+    def unpack(self, table, permutation) -> None:
+        """Gives the kernels their tensors, and `scales` its content, in the program under construction.
+
+        table: mixing weights [edges, primitives]; permutation: a variable with the matrix of that name.
+        """
+        arranged = paddle.matmul(permutation, paddle.reshape(table, [-1, 1]))
+        counts = [sum(map(len, self._scales)), *map(len, self._kernels)]
+        pieces = iter(split(arranged, [count for count in counts if count]))
+        self._column = next(pieces) if self._scales else None        # [scales, 1]
+        for kernel in self._kernels.values():
+            kernel.tensor, kernel.positions = paddle.reshape(next(pieces), kernel.shape), 0
+        self._by_channels = {}
+
+    def scales(self, channels: int) -> list:
+        """Returns all groups of scales for a cell, each scale repeated `channels` times: [entries * channels]."""
+        if not self._scales:
+            return []
+        if channels not in self._by_channels:
+            rows = paddle.expand(self._column, [self._column.shape[0], channels])
+            self._by_channels[channels] = paddle.reshape(rows, [-1])
+        return split(self._by_channels[channels], [len(entries) * channels for entries in self._scales])
+
+
 class MixedOps:
     """The mixed operations on all edges that leave a group of states.
 
@@ -72,7 +123,7 @@ class MixedOps:
     by state.
     """
 
-    def __init__(self, layout: FlatParameters, mixing: FlatBuffer, space: SearchSpace, prefix: str, states: tuple,
+    def __init__(self, layout: FlatParameters, mixing: MixingWeights, space: SearchSpace, prefix: str, states: tuple,
                  channels: int, reduction: bool):
         self.states, self.channels = len(states), channels
         self.stride = stride = 2 if reduction and max(states) < 2 else 1
@@ -90,26 +141,24 @@ class MixedOps:
 
         # The mixing weights enter as the scale of every channel of the BN that ends an operation with weights, and as a
         # kernel that mixes the results without weights into [nodes] outputs.
-        def entry_of(edge: int, k: int) -> int:
-            return (int(reduction) * space.edges + edge) * len(entries) + k
-
-        self.ops = []                              # (function, whether it ends in a BN, mixing weights by channel)
+        self.ops = []                              # (function, whether it ends in a BN, position in the scales)
         for k in weighted:
             names = [f'{prefix}._ops.{edge}._ops.{k}' for edge in edges]
             function = entries[k].build(layout, names, channels, stride, affine=False)
-            scale = mixing.add(len(edges), [channels])
-            scale.source = np.repeat([entry_of(edge, k) for edge in edges], channels)
-            self.ops.append((function, entries[k].ends_in_norm, scale))
+            self.ops.append((function, entries[k].ends_in_norm, mixing.add_scales([(edge, k) for edge in edges])))
         self.mix = None
         if pools + identities:
-            self.mix = mixing.add(1, [len(nodes), len(pools + identities) * len(states), 1, 1])
-            self.mix.source = [entry_of(space.first_edges[node] + state, k)
-                               for node in nodes for k in pools + identities for state in states]
+            self.mix = mixing.add_kernel(len(nodes), [
+                (space.first_edges[node] + state, k)
+                for node in nodes for k in pools + identities for state in states])
 
-    def __call__(self, x):
-        """x: the states side by side [N, states * C, H, W]; returns summands, each [N, nodes * C, H', W']."""
+    def __call__(self, x, scales: list):
+        """x: the states side by side [N, states * C, H, W]; scales: `MixingWeights.scales` for this cell.
+
+        Returns summands, each [N, nodes * C, H', W'].
+        """
         height, width = (size // self.stride for size in x.shape[2:])
-        summands = self._with_weights(States(x, self.nodes))         # [N, nodes * states * C, H', W']
+        summands = self._with_weights(States(x, self.nodes), scales)         # [N, nodes * states * C, H', W']
         if self.states > 1 and summands:
             by_state = paddle.reshape(add_up(summands), [0, self.nodes, self.states, self.channels * height * width])
             summands = [paddle.reshape(paddle.sum(by_state, axis=2), [0, self.nodes * self.channels, height, width])]
@@ -124,22 +173,22 @@ class MixedOps:
             summands.append(paddle.reshape(mixed, [0, self.nodes * self.channels, height, width]))
         return summands
 
-    def _with_weights(self, states: States) -> list:
+    def _with_weights(self, states: States, scales: list) -> list:
         results = []
-        for function, ends_in_norm, scale in self.ops:
+        for function, ends_in_norm, position in self.ops:
             if ends_in_norm:
-                results.append(function(states, scale.tensor))
+                results.append(function(states, scales[position]))
             else:
-                results.append(function(states) * paddle.reshape(scale.tensor, [1, -1, 1, 1]))
+                results.append(function(states) * paddle.reshape(scales[position], [1, -1, 1, 1]))
         return results
 
 
 class Cell:
     """A cell of the supernet: (s0, s1), the outputs of the two cells before, -> [N, nodes * C, H', W']."""
 
-    def __init__(self, layout: FlatParameters, mixing: FlatBuffer, space: SearchSpace, prefix: str, c_prev_prev: int,
-                 c_prev: int, channels: int, reduction: bool, reduction_prev: bool):
-        self.space, self.channels, self.reduction = space, channels, reduction
+    def __init__(self, layout: FlatParameters, mixing: MixingWeights, space: SearchSpace, prefix: str,
+                 c_prev_prev: int, c_prev: int, channels: int, reduction: bool, reduction_prev: bool):
+        self.space, self.channels, self.reduction, self.mixing = space, channels, reduction, mixing
         preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
         self.preprocess0 = preprocess0(layout, [f'{prefix}.preprocess0'], c_prev_prev, channels, affine=False)
         self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=False)
@@ -163,9 +212,10 @@ class Cell:
 
     def batched(self, x):
         """Adds the mixed operations of both input states x [N, 2 * C, H, W], batched by groups of states."""
+        scales = self.mixing.scales(self.channels)
         nodes, sums = [], []          # sums: contributions of the states so far to the incomplete nodes
         for mixed in self.mixed:
-            x, sums = add_up(mixed(x) + sums), []
+            x, sums = add_up(mixed(x, scales) + sums), []
             if mixed.nodes > 1:
                 x, rest = paddle.split(x, [self.channels, (mixed.nodes - 1) * self.channels], axis=1)
                 sums = [rest]
@@ -234,7 +284,7 @@ class Supernet(FlatNetwork):
             raise UserError(f"images of {image_size} x {image_size} cannot be halved twice")
         check_known(space.primitives)
         super().__init__(classes, image_size, FlatParameters())
-        self.space, self.mixing = space, FlatBuffer()
+        self.space, self.mixing = space, [MixingWeights(space) for _ in CELL_KINDS]
         self.compiled = build_programs and custom_ops.enabled_for(not_compiled(space.primitives))
         c_prev_prev = c_prev = 3 * channels
         self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
@@ -244,15 +294,11 @@ class Supernet(FlatNetwork):
             reduction = i in (layers // 3, 2 * layers // 3)
             if reduction:
                 channels *= 2
-            self.cells.append(Cell(self.layout, self.mixing, space, f'cells.{i}', c_prev_prev, c_prev, channels,
-                                   reduction, reduction_prev))
+            self.cells.append(Cell(self.layout, self.mixing[reduction], space, f'cells.{i}', c_prev_prev, c_prev,
+                                   channels, reduction, reduction_prev))
             c_prev_prev, c_prev, reduction_prev = c_prev, space.nodes * channels, reduction
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
-        self.mixing.assign_offsets()
-        self.mixing_source = np.empty(self.mixing.size, 'int32')         # indices into the mixing weights
-        for group in self.mixing.groups:
-            self.mixing_source[group.offset:group.offset + group.size] = group.source
 
         size = self.layout.count()
         if size > max_size:
@@ -265,6 +311,9 @@ class Supernet(FlatNetwork):
         self.store.set('alpha_gradient', np.zeros(shape))
         if not build_programs:
             return
+        if not self.compiled:
+            for kind, mixing in zip(CELL_KINDS, self.mixing):
+                self.store.set(f'permutation_{kind}', mixing.permutation)
         self._run = StaticProgram(self.store, lambda: self._build(['theta', 'alphas']))
         self._evaluate = StaticProgram(self.store, lambda: self._build([]))
         self._run_alphas = self._run             # Paddle's operators always compute all gradients
@@ -273,7 +322,7 @@ class Supernet(FlatNetwork):
         self._mixing_weights = StaticProgram(self.store, lambda: [mixing_weights(self.store.variable('alphas'))])
 
     def _build(self, differentiated: list[str]) -> list:
-        """Builds a program with the gradients of the vectors `differentiated`; returns [loss, top-1, top-5]."""
+        """Builds a program with the gradients of the vectors `differentiated`, which fetches nothing."""
         store = self.store
         images, labels = self._inputs()
         theta, alphas = store.variable('theta', trainable=True), store.variable('alphas', trainable=True)
@@ -284,16 +333,19 @@ class Supernet(FlatNetwork):
             gradients = dict(zip(('theta', 'alphas'), paddle.static.gradients([loss], [theta, alphas])))
             for name in differentiated:
                 store.assign({'theta': 'gradient', 'alphas': 'alpha_gradient'}[name], gradients[name])
-        return [loss, *self._accuracies(logits, labels)]
+        self._assign_metrics(loss, logits, labels)
+        return []
 
     def _logits(self, images, theta, alphas, weight_gradients: bool):
         self.layout.unpack(theta, fused=self.compiled)
         weights = mixing_weights(alphas)
+        tables = paddle.split(weights, len(CELL_KINDS), axis=0)
         if self.compiled:
-            mixing = [paddle.reshape(table, alphas.shape[1:]) for table in paddle.split(weights, 2, axis=0)]
+            mixing = [paddle.reshape(table, alphas.shape[1:]) for table in tables]
         else:
-            mixing = [None, None]          # the groups of self.mixing hold it
-            self.mixing.unpack(paddle.gather(paddle.reshape(weights, [-1]), paddle.assign(self.mixing_source)))
+            mixing = [None, None]          # self.mixing holds it
+            for kind, arranged, table in zip(CELL_KINDS, self.mixing, tables):
+                arranged.unpack(table, self.store.variable(f'permutation_{kind}'))
         s0 = s1 = self.stem_norm(conv(images, self.stem, padding=1))
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, mixing[cell.reduction], weight_gradients)
@@ -301,15 +353,21 @@ class Supernet(FlatNetwork):
 
     def run(self, feed: dict) -> Evaluation:
         """Returns loss and accuracies of a batch from `feed`; leaves both gradients on the device."""
-        return Evaluation(*map(float, self._run(**feed)))
+        self.compute_gradients(feed)
+        return self._metrics()
 
-    def run_alphas(self, feed: dict) -> Evaluation:
-        """Like `run`, but guarantees only the gradient of alpha."""
-        return Evaluation(*map(float, self._run_alphas(**feed)))
+    def compute_gradients(self, feed: dict) -> None:
+        """Like `run`, but copies nothing from the device: the host does not wait for it."""
+        self._run(**feed)
+
+    def compute_alpha_gradient(self, feed: dict) -> None:
+        """Like `compute_gradients`, but guarantees only the gradient of alpha."""
+        self._run_alphas(**feed)
 
     def evaluate(self, images: np.ndarray, labels: np.ndarray) -> Evaluation:
         """Returns mean loss, top-1 and top-5 accuracy (fractions) of a batch; leaves the gradients unchanged."""
-        return Evaluation(*map(float, self._evaluate(**self.feed(images, labels))))
+        self._evaluate(**self.feed(images, labels))
+        return self._metrics()
 
     def gradients(self, images: np.ndarray, labels: np.ndarray) -> Gradients:
         """Returns loss, accuracies and the gradients by name: weights {name: array}, alphas as `alphas`."""

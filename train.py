@@ -94,7 +94,7 @@ class Training:
         """Logs the size of the network, and prepares its programs."""
         log.info(f"param size = {self.network.param_count / 1e6:.6f}MB")
         log.info(f"multiply-adds = {self.network.multiply_adds / 1e6:.1f}M per image")
-        trainer.announce_graph(self.store)
+        trainer.announce_graph(self.store, self.args)
 
     def drop_path_prob(self, epoch: int) -> float:
         """Returns the probability of dropping an edge, which rises linearly from 0 over the epochs."""

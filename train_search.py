@@ -177,7 +177,7 @@ def main() -> None:
         search.supernet.load_weights(pretrained)
     log.info(f"search space: {search.space}")
     log.info(f"param size = {search.supernet.size / 1e6:.6f}MB")
-    trainer.announce_graph(search.store)
+    trainer.announce_graph(search.store, args)
     trainer.run_epochs(search, run, args)
 
 

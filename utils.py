@@ -1,4 +1,4 @@
-"""What all scripts share besides the method: errors, the command line, files, the device, time, schedules."""
+"""What all scripts share besides the method: errors, the command line, files, time, memory, schedules."""
 from __future__ import annotations
 
 import argparse
@@ -203,9 +203,15 @@ def add_common_arguments(parser: Parser, *, batch_size: int, learning_rate: floa
     add('--class_num', type=number(int, 2), default=class_num,
         help='number of classes ' + ("(that of the data set)" if class_num is None else '(%(default)s)'))
     add('--seed', type=number(int, 0, 2**32 - 1), default=0,
-        help='seed of all random numbers; on the CPU, equal seeds and thread counts give equal results (%(default)s)')
+        help='seed of all random numbers; on the CPU, equal seeds and thread counts give equal results, on a GPU with '
+             '--deterministic (%(default)s)')
     add('--use_gpu', type=boolean, default=None,
-        help='True or False (True if the installed Paddle finds a GPU)')
+        help='True or False (True if the installed Paddle finds a GPU). On GPUs TF32 is off, because its rounding '
+             'changes the second-order term by 16 to 21 %%; NVIDIA_TF32_OVERRIDE=1 in the environment leaves it on, '
+             'for trainings')
+    add('--deterministic', type=boolean, default=False,
+        help='equal results of equal runs on a GPU, with slower algorithms; on the CPU they are always equal '
+             '(%(default)s)')
     add('--custom_ops', type=boolean, default=True,
         help='use of the compiled operators of engine/custom_ops on the CPU (%(default)s)')
     add('--num_workers', type=number(int, 0, 64), default=2,
@@ -329,25 +335,7 @@ def write_file(path: str, content: str | bytes | Callable) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Device
-
-def find_place(use_gpu: bool | None):
-    """Returns the place to compute on; use_gpu: True, False, or None for a GPU if the installed Paddle finds one.
-
-    Of several GPUs it is the one that paddle.distributed.launch assigns to this process, otherwise the first. Raises
-    UserError when a GPU is requested and Paddle finds none.
-    """
-    import paddle
-    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
-    if use_gpu and not gpus:
-        reason = ("no GPU is visible" if paddle.is_compiled_with_cuda() else
-                  "this is a build of Paddle for the CPU: install paddlepaddle-gpu")
-        raise UserError(f"--use_gpu True: Paddle {paddle.__version__} finds no GPU ({reason}); "
-                        "without the flag the CPU is used")
-    if gpus and use_gpu is not False:
-        return paddle.CUDAPlace(int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0]))
-    return paddle.CPUPlace()
-
+# Paddle and the machine
 
 def in_pir_mode() -> bool:
     """Whether the program under construction is in Paddle 3's intermediate representation."""
@@ -358,17 +346,6 @@ def in_pir_mode() -> bool:
 def cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
-def announce(log, place, world_size: int = 1) -> None:
-    """Logs the device, the version of Paddle and, if there are several processes, their number."""
-    import paddle
-    if isinstance(place, paddle.CUDAPlace):
-        device = f"GPU {place.get_device_id()} ({paddle.device.cuda.get_device_name(place.get_device_id())})"
-    else:
-        device = f"CPU ({cores()} cores)"
-    processes = f", {world_size} processes" if world_size > 1 else ''
-    log.info(f"device: {device}, Paddle {paddle.__version__}{processes}")
 
 
 # ---------------------------------------------------------------------------------------------------

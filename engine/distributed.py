@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+from engine import device
 from utils import UserError
 
 launched = 'PADDLE_RANK_IN_NODE' in os.environ         # by paddle.distributed.launch
@@ -24,14 +25,17 @@ seconds = 0.0                                          # spent in collectives so
 _is_local_rank0 = os.environ.get('PADDLE_RANK_IN_NODE', '0') == '0'
 _barriers = itertools.count()
 _parent = os.getppid()
+_place: Any = None                                     # the device of this rank, since `connect`
 
 
 def connect(place) -> None:
     """Joins the other ranks; place: the device of this rank. Has to be called after any worker process is forked."""
+    global _place
     if world_size == 1:
         return
     import paddle
-    if isinstance(place, paddle.CPUPlace):
+    _place = place
+    if not device.is_gpu(place):
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'   # launch chooses by the hardware of the machine
     paddle.disable_static()
     with contextlib.redirect_stderr(io.StringIO()), _collective():     # Paddle prints its flags
@@ -49,7 +53,7 @@ def average_gradients(store, *names: str) -> None:
     if world_size == 1:
         return
     import paddle
-    with paddle.base.dygraph.guard(), _collective():
+    with _eager(), _collective():
         for name in names:
             tensor = paddle.Tensor(store.scope.find_var(name).get_tensor())      # shares the vector's memory
             paddle.distributed.all_reduce(tensor)
@@ -61,7 +65,7 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     if world_size == 1:
         return values
     import paddle
-    with paddle.base.dygraph.guard(), _collective():
+    with _eager(), _collective():
         tensor = paddle.to_tensor(np.array(values, 'float64'))
         paddle.distributed.all_reduce(tensor)
         return tensor.numpy().tolist()
@@ -90,7 +94,7 @@ def broadcast(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if world_size == 1:
         return arrays
     import paddle
-    with paddle.base.dygraph.guard(), _collective():
+    with _eager(), _collective():
         tensors = {name: paddle.to_tensor(np.atleast_1d(array)) for name, array in sorted(arrays.items())}
         for tensor in tensors.values():
             paddle.distributed.broadcast(tensor, src=0)
@@ -105,15 +109,27 @@ def local_rank0_first(function: Callable[[], Any]) -> Any:
     return result if _is_local_rank0 else function()
 
 
+def _eager():
+    """Executes statements at once and on the device of this rank, which is not Paddle's default on a machine with GPUs.
+
+    paddle.enable_static() has undone the device that init_parallel_env set. Elsewhere tensors would be copies of the
+    vectors, and averages would be lost.
+    """
+    import paddle
+    return paddle.base.dygraph.guard(_place)
+
+
 @contextlib.contextmanager
 def _collective():
-    """Adds to `seconds`, and raises UserError when the connection to another rank breaks."""
+    """Adds to `seconds`, and raises UserError when a collective fails."""
     global seconds
     began = time.time()
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"another process of this run has ended or cannot be reached ({str(error).strip()[-100:]}); "
-                        "the logs of all processes are in launch's --log_dir") from None
+        text = str(error)
+        what = (f"NCCL failed on {_place} of process {rank}" if device.is_gpu(_place) and 'NCCL' in text.upper() else
+                "another process of this run has ended or cannot be reached")
+        raise UserError(f"{what}: {device.explain(text)}; the logs of all processes are in launch's --log_dir") from None
     finally:
         seconds += time.time() - began

@@ -17,7 +17,7 @@ class FlatNetwork:
     """A network whose weights are the vector `theta` of a store.
 
     A subclass declares its weights in `layout`, then calls `_allocate`. From then on `store` holds theta, its
-    `gradient` and, if the network has them, its running `statistics`.
+    `gradient`, the `metrics` of the last run and, if the network has them, its running `statistics`.
     """
 
     def __init__(self, classes: int, image_size: int, layout: FlatParameters):
@@ -29,6 +29,7 @@ class FlatNetwork:
         self.store = VariableStore(place or paddle.CPUPlace(), dtype)
         self.store.set('theta', self.layout.initial(rng, dtype), saved=True)
         self.store.set('gradient', np.zeros(self.size))
+        self.store.set('metrics', np.zeros(len(Evaluation._fields)))
         if self.layout.statistics:
             statistics = self.layout.statistics.assign_offsets().initial(rng, dtype)
             self.store.set('statistics', statistics, saved=True)
@@ -75,9 +76,16 @@ class FlatNetwork:
         return (self.store.input('images', [None, 3, self.image_size, self.image_size]),
                 self.store.input('labels', [None, 1], 'int64'))
 
-    def _accuracies(self, logits, labels) -> list:
-        """Returns top-1 and top-5 accuracy (fractions) as variables."""
-        return [paddle.static.accuracy(logits, labels, k=min(k, self.classes)) for k in (1, 5)]
+    def _assign_metrics(self, loss, logits, labels) -> None:
+        """Adds to the program under construction: loss, top-1 and top-5 accuracy (fractions), for `_metrics`."""
+        logits = logits.astype('float32')    # of double logits Paddle 3 gives the accuracy in the wrong precision
+        accuracies = [paddle.static.accuracy(logits, labels, k=min(k, self.classes)) for k in (1, 5)]
+        metrics = [paddle.reshape(each, [1]).astype(self.store.dtype) for each in (loss, *accuracies)]
+        self.store.assign('metrics', paddle.concat(metrics))
+
+    def _metrics(self) -> Evaluation:
+        """Copies the results of the last run from the device, which waits for its end."""
+        return Evaluation(*self.store.get('metrics').tolist())
 
     def feed(self, images: np.ndarray, labels: np.ndarray) -> dict:
         """Returns a batch on the device, to be passed to `run` as often as needed.

@@ -17,6 +17,7 @@ class MomentumSGD:
         self.momentum, self.weight_decay, self.grad_clip = momentum, weight_decay, grad_clip
         self.store = store
         store.set('velocity', np.zeros_like(store.get('theta')), saved=True)
+        store.set_number('lr', 0.0)
         self._step = StaticProgram(store, self._build)
 
     def rule(self, w, v, g, lr) -> tuple:
@@ -32,8 +33,7 @@ class MomentumSGD:
         return w - lr * v, v
 
     def _build(self) -> list:
-        lr = self.store.input('lr', [1])
-        w, v, g = map(self.store.variable, ('theta', 'velocity', 'gradient'))
+        w, v, g, lr = map(self.store.variable, ('theta', 'velocity', 'gradient', 'lr'))
         limit = self.store.scalar(self.grad_clip)
         w, v = self.rule(w, v, g * (limit / paddle.maximum(global_norm(g), limit)), lr)
         self.store.assign('velocity', v)
@@ -42,7 +42,8 @@ class MomentumSGD:
 
     def step(self, lr: float) -> None:
         """Takes one step with learning rate lr from the `gradient` in the store."""
-        self._step(lr=np.array([lr], self.store.dtype))
+        self.store.set_number('lr', lr)
+        self._step()
 
 
 class Adam:

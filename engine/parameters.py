@@ -80,12 +80,12 @@ class FlatBuffer:
         fused: gives every fused view its tensor, and only the groups that are in none theirs.
         """
         self._pieces = []
-        slices = _split(vector, [sum(group.size for group in groups) for groups in self._by_shape.values()])
+        slices = split(vector, [sum(group.size for group in groups) for groups in self._by_shape.values()])
         for (shape, groups), rows in zip(self._by_shape.items(), slices):
             if shape:
                 rows = paddle.reshape(rows, [-1, *shape])
             pieces = list(dict.fromkeys((fused and group.fused) or group for group in groups))
-            for piece, tensor in zip(pieces, _split(rows, [piece.rows for piece in pieces])):
+            for piece, tensor in zip(pieces, split(rows, [piece.rows for piece in pieces])):
                 piece.tensor = tensor
             for group in groups:
                 group.positions = 0
@@ -104,7 +104,8 @@ def _by_trailing_shape(groups: list[ParameterGroup]) -> dict[tuple, list[Paramet
     return result
 
 
-def _split(x, sizes: list[int]) -> list:
+def split(x, sizes: list[int]) -> list:
+    """Returns the pieces of x, of `sizes` rows each."""
     return paddle.split(x, sizes, axis=0) if len(sizes) > 1 else [x]
 
 

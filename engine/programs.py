@@ -26,19 +26,27 @@ class VariableStore:
         self.scope = paddle.base.core.Scope()
         self.programs: list[StaticProgram] = []
         self.host_state: dict[str, float] = {}
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._saved: list[str] = []
+        self._numbers: dict[str, float] = {}       # as `set_number` wrote them
 
     def set(self, name: str, array, saved: bool = False) -> None:
         """Writes a numpy array to the vector `name`, and creates the vector at the first call.
 
         saved: whether the vector belongs to `state`, and so to every checkpoint.
         """
-        if name not in self._names:
-            self._names.append(name)
+        if name not in self.names:
+            self.names.append(name)
         if saved and name not in self._saved:
             self._saved.append(name)
         self.scope.var(name).get_tensor().set(np.ascontiguousarray(array, self.dtype), self.place)
+        self._numbers.pop(name, None)
+
+    def set_number(self, name: str, value: float) -> None:
+        """Writes a number to the vector `name` of length 1; copies it to the device only when it has changed."""
+        if self._numbers.get(name) != value:
+            self.set(name, [value])
+            self._numbers[name] = value
 
     def get(self, name: str) -> np.ndarray:
         """Returns a copy of the vector `name`."""
@@ -95,7 +103,7 @@ class VariableStore:
 
     def warm_up(self) -> None:
         """Runs every program once on a dummy image, so that the executors prepare them; changes no vector."""
-        vectors = {name: self.get(name) for name in self._names}
+        vectors = {name: self.get(name) for name in self.names}
         rng = np.random.default_rng(0)
         for program in self.programs:
             program(**{name: rng.uniform(0.5, 1.5, [1 if size is None else size for size in shape]).astype(dtype)
@@ -122,10 +130,32 @@ class StaticProgram:
         _simplify(self.program)
         # One executor per program: an executor caches eight prepared programs and prepares others at each call.
         self._executor = paddle.static.Executor(store.place)
+        self._prepared: tuple | None = None
         self.operators = len(self.program.global_block().ops)
 
     def __call__(self, **feed) -> list[np.ndarray]:
-        return self._executor.run(self.program, feed=feed, fetch_list=self.fetches, scope=self.store.scope)
+        if self._prepared:
+            program, executor, inputs = self._prepared
+            self._executor._pir_feed_data(program, feed, self.store.scope, inputs)
+            return executor.run(list(feed))
+        results = self._executor.run(self.program, feed=feed, fetch_list=self.fetches, scope=self.store.scope)
+        self._prepared = self._prepare(feed)
+        return results
+
+    def _prepare(self, feed: dict) -> tuple | None:
+        """Returns what Paddle 3's executor has prepared in its first run, (program, executor, inputs), or None.
+
+        Executor.run looks it up by the text of the program. To write the text of a supernet's program takes longer than
+        to start all its operators. The functions used here are not public: without them `Executor.run` is called.
+        """
+        if not in_pir_mode():
+            return None
+        executor, cache = self._executor, getattr(self._executor, '_executor_cache', None)
+        try:
+            return cache.get_pir_program_and_executor(self.program, feed, self.fetches, 'feed', 'fetch',
+                                                      executor.place, self.store.scope, executor.plan)
+        except (AttributeError, TypeError):
+            return None
 
 
 _constants: dict = {}

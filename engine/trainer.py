@@ -31,36 +31,38 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 import numpy as np
-import paddle
 
 import utils
-from engine import custom_ops, distributed
+from engine import custom_ops, device, distributed
 from engine.checkpoint import Meter, Run
 from engine.console import Progress, log, start_log
 from utils import UserError
 
 
 def start(args: argparse.Namespace):
-    """Begins a script: joins the other ranks, starts the log, and returns the place to compute on."""
+    """Begins a script: starts the log, tries the device, joins the other ranks; returns the place to compute on."""
     if args.batch_size % distributed.world_size:
         raise UserError(f"--batch_size {args.batch_size} is the batch of all {distributed.world_size} processes "
                         f"together: it has to be a multiple of {distributed.world_size}")
-    place = utils.find_place(args.use_gpu)
-    distributed.connect(place)
+    place = device.find_place(args.use_gpu)
     start_log()
+    device.prepare(place, args.deterministic)
+    distributed.connect(place)
     return place
 
 
 def set_up(args: argparse.Namespace, place) -> None:
     """Logs the device and switches the compiled operators on or off for it."""
-    utils.announce(log, place, distributed.world_size)
-    distributed.local_rank0_first(lambda: custom_ops.enable(args.custom_ops and isinstance(place, paddle.CPUPlace)))
+    device.announce(place, args.use_gpu, distributed.world_size)
+    distributed.local_rank0_first(lambda: custom_ops.enable(args.custom_ops and not device.is_gpu(place)))
 
 
-def announce_graph(store) -> None:
-    """Prepares all programs of a store and logs the seconds since the start of the process."""
-    store.warm_up()
+def announce_graph(store, args: argparse.Namespace) -> None:
+    """Prepares all programs of a store and logs the seconds since the start of the process, and the memory of a step."""
+    with device.errors(store.place):
+        store.warm_up()
     log.info(f"graph ready in {utils.seconds_since_start():.1f} s ({store.operators} operators)")
+    device.announce_memory(store, args.batch_size // distributed.world_size)
 
 
 def run_epochs(task, run: Run, args: argparse.Namespace) -> None:
@@ -70,12 +72,12 @@ def run_epochs(task, run: Run, args: argparse.Namespace) -> None:
     ended, = distributed.all_reduce_sum([reason is not None])
     if epoch >= args.epochs and not ended:
         log.info(f"all {args.epochs} epochs were done already")
-    with _StopSignals() as signals:
+    with _StopSignals() as signals, device.errors(task.store.place):
         while epoch < args.epochs and not ended:
             began = time.time() - meter.seconds          # of the epoch, including the seconds before a resume
             shares = _train_epoch(task, run, args, epoch, step, meter, began, signals)
             validation = task.finish_epoch(epoch)
-            log.info(f"epoch {epoch + 1}: {shares}, peak memory {utils.peak_memory():.2f} GB")
+            log.info(f"epoch {epoch + 1}: {shares}, {device.peak_memory(task.store.place)}")
             record = dict(epoch=epoch + 1, lr=task.learning_rate(epoch), **meter.means('train'), **validation,
                           seconds=round(time.time() - began, 3))
             run.add_history(record, getattr(task, 'tables', {}))

@@ -21,7 +21,7 @@ import pictures
 import reader
 import train
 import utils
-from engine import checkpoint, distributed, trainer
+from engine import checkpoint, device, distributed, trainer
 from engine.workers import Workers
 from model import NetworkCIFAR
 from model_search import Supernet
@@ -364,6 +364,6 @@ def test_the_gpu_is_the_one_that_launch_assigns(monkeypatch):
     monkeypatch.setattr(paddle, 'is_compiled_with_cuda', lambda: True)
     monkeypatch.setattr(paddle.device.cuda, 'device_count', lambda: 4)
     monkeypatch.setattr(paddle, 'CUDAPlace', lambda number: f'GPU {number}')
-    assert utils.find_place(None) == 'GPU 0'
+    assert device.find_place(None) == 'GPU 0'
     monkeypatch.setenv('FLAGS_selected_gpus', '2')
-    assert utils.find_place(None) == 'GPU 2' and isinstance(utils.find_place(False), paddle.CPUPlace)
+    assert device.find_place(None) == 'GPU 2' and isinstance(device.find_place(False), paddle.CPUPlace)

@@ -92,7 +92,7 @@ def test_loss_and_all_gradients_in_another_search_space(operators, name):
     if custom_ops.enabled():                                         # the program that leaves out other gradients
         expected = supernet.store.get('alpha_gradient')
         supernet.store.set('alpha_gradient', np.zeros_like(expected))
-        supernet.run_alphas(supernet.feed(*batch))
+        supernet.compute_alpha_gradient(supernet.feed(*batch))
         np.testing.assert_array_equal(supernet.store.get('alpha_gradient'), expected)
 
 

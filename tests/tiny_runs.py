@@ -6,8 +6,7 @@ import paddle
 
 import reader
 import train_search
-import utils
-from engine import custom_ops, trainer
+from engine import custom_ops, device, trainer
 from engine.checkpoint import Run
 from engine.programs import VariableStore
 
@@ -80,4 +79,4 @@ def tiny_search(folder, resume=False, crash_after=None, **changes):
     with custom_ops.disabled():                        # at the end they are switched back
         custom_ops.enable(args.custom_ops)
         run = Run(args)
-        return run_task(train_search.Search(args, data, run, utils.find_place(False)), run, args, crash_after)
+        return run_task(train_search.Search(args, data, run, device.find_place(False)), run, args, crash_after)
