@@ -11,12 +11,15 @@ first `import paddle`, so a module that uses Paddle imports something of `engine
 * Paddle sets OMP_NUM_THREADS to 1 where the user has not set it: the user's value is kept in `OMP_NUM_THREADS`.
 * glibc returns freed memory to the system after each step and faults it in again: see `_keep_freed_memory`.
 * Paddle 2.6 exports zlib's symbols: Python's zlib crashes if it is loaded after Paddle, so it is loaded before.
+* Paddle frees each tensor of the CPU in a task for another thread, which takes as long as a small operator: 1 MB is
+  collected first.
 * TF32 of NVIDIA's libraries is off unless NVIDIA_TF32_OVERRIDE is set: its rounding changes the finite
   difference of the second order by 16 to 21 % (simulated against float64).
 * Programs are built in static mode: paddle.enable_static().
 """
 import ctypes
 import os
+import sys
 import warnings
 import zlib  # noqa: F401  see above
 
@@ -37,11 +40,27 @@ def _keep_freed_memory() -> None:
         pass                       # another C library: slower, not wrong
 
 
+def _exit_without_paddle(error: Exception) -> None:
+    """Ends the process with one line: Paddle is missing, or it lacks a library of CUDA or a Python package."""
+    reason = ' '.join(str(error).split())[:200]
+    if '.so' in reason:            # Paddle 2.6 for GPUs links with libraries of the system
+        remedy = ("a library of the system is missing: bash scripts/setup.sh installs a Paddle that brings its own; "
+                  "Paddle 2.6 for GPUs needs CUDA 11.8 and cuDNN 8.6 in LD_LIBRARY_PATH")
+    else:
+        remedy = "bash scripts/setup.sh installs it, and source .venv/bin/activate selects that environment"
+    print(f"error: Paddle cannot be imported ({reason}): {remedy}", file=sys.stderr)
+    sys.exit(2)
+
+
 os.environ.setdefault('GLOG_minloglevel', '2')
+os.environ.setdefault('FLAGS_eager_delete_tensor_gb', '0.001')
 os.environ.setdefault('NVIDIA_TF32_OVERRIDE', '0')
 warnings.filterwarnings('ignore', module=r'(paddle|PIL)\b.*')
 _keep_freed_memory()
 
-import paddle  # noqa: E402
+try:
+    import paddle
+except (ImportError, OSError) as error:
+    _exit_without_paddle(error)
 
 paddle.enable_static()

@@ -128,8 +128,9 @@ def _collective():
         yield
     except (RuntimeError, ValueError, OSError) as error:
         text = str(error)
-        what = (f"NCCL failed on {_place} of process {rank}" if device.is_gpu(_place) and 'NCCL' in text.upper() else
+        what = (f"NCCL failed in process {rank}" if device.is_gpu(_place) and 'NCCL' in text.upper() else
                 "another process of this run has ended or cannot be reached")
-        raise UserError(f"{what}: {device.explain(text)}; the logs of all processes are in launch's --log_dir") from None
+        raise UserError(f"{what} ({device.explain(text)}); the logs of all processes are in launch's "
+                        "--log_dir") from None
     finally:
         seconds += time.time() - began

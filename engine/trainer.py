@@ -58,7 +58,7 @@ def set_up(args: argparse.Namespace, place) -> None:
 
 
 def announce_graph(store, args: argparse.Namespace) -> None:
-    """Prepares all programs of a store and logs the seconds since the start of the process, and the memory of a step."""
+    """Prepares all programs of a store; logs the seconds since the start of the process, and the memory of a step."""
     with device.errors(store.place):
         store.warm_up()
     log.info(f"graph ready in {utils.seconds_since_start():.1f} s ({store.operators} operators)")

@@ -17,6 +17,7 @@ import paddle
 from paddle import inference
 
 import utils
+from engine import device
 from imagenet_reader import validation_image
 from utils import UserError
 
@@ -25,9 +26,12 @@ PROGRAM = 'model'                  # name of its files without the suffix
 
 
 class Predictor:
-    """An exported network; folder: --out of scripts/export_model.py. Raises UserError for any other folder."""
+    """An exported network; folder: --out of scripts/export_model.py.
 
-    def __init__(self, folder: str):
+    place: the device, the CPU when None. Raises UserError for any other folder, and for a GPU that cannot be used.
+    """
+
+    def __init__(self, folder: str, place=None):
         path = os.path.join(folder, DESCRIPTION)
         try:
             description = json.loads(utils.read_text(path))
@@ -51,8 +55,14 @@ class Predictor:
         config.disable_glog_info()
         if hasattr(config, 'disable_mkldnn'):   # Paddle 3 uses oneDNN by default, which prints messages
             config.disable_mkldnn()
+        self._place = place or paddle.CPUPlace()
+        if device.is_gpu(self._place):
+            config.enable_use_gpu(256, self._place.get_device_id())        # MB of memory to begin with
         try:
-            self._predictor = inference.create_predictor(config)
+            with device.errors(self._place):
+                self._predictor = inference.create_predictor(config)
+        except UserError:
+            raise
         except Exception as error:         # Paddle raises errors of many types
             raise UserError(f"{folder} cannot be read by Paddle {paddle.__version__}, it was exported with {version}: "
                             f"{str(error).strip().splitlines()[0]}") from None
@@ -60,9 +70,10 @@ class Predictor:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Returns the logits [N, classes] of normalised images, float32 [N, 3, H, W]."""
         name, = self._predictor.get_input_names()
-        self._predictor.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(images, 'float32'))
-        self._predictor.run()
-        return self._predictor.get_output_handle(self._predictor.get_output_names()[0]).copy_to_cpu()
+        with device.errors(self._place):
+            self._predictor.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(images, 'float32'))
+            self._predictor.run()
+            return self._predictor.get_output_handle(self._predictor.get_output_names()[0]).copy_to_cpu()
 
     def read(self, path: str) -> np.ndarray:
         """Returns an image file as input of the network, float32 [3, H, W]: resized, center crop, normalised.
@@ -92,9 +103,13 @@ def main() -> None:
     parser = utils.Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', type=utils.path, required=True, metavar='DIR',
                         help='folder that export_model.py wrote')
+    parser.add_argument('--use_gpu', type=utils.boolean, default=None,
+                        help='True or False (True if the installed Paddle finds a GPU)')
     parser.add_argument('images', nargs='+', metavar='image', help='image files')
     args = parser.parse_args()
-    predictor = Predictor(args.model)
+    place = device.find_place(args.use_gpu)
+    device.prepare(place, deterministic=False)
+    predictor = Predictor(args.model, place)
     for path in args.images:
         best = predictor.top5(path)
         print(f"{path}: " + ', '.join(f"{name} {100 * probability:.1f} %" for name, probability in best))

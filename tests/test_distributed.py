@@ -22,6 +22,7 @@ import reader
 import train
 import utils
 from engine import checkpoint, device, distributed, trainer
+from engine.programs import VariableStore
 from engine.workers import Workers
 from model import NetworkCIFAR
 from model_search import Supernet
@@ -358,6 +359,44 @@ def test_repeated_signals_of_launch_do_not_end_the_process(monkeypatch, launched
             signals.exit('here')
         assert handlers == [signal.SIG_IGN if launched else signal.SIG_DFL]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_every_tensor_of_a_collective_is_on_the_device_of_the_run(monkeypatch):
+    """On a machine with GPUs eager statements use a GPU unless the device is given; here they would fail."""
+    place, original, places = paddle.CPUPlace(), paddle.base.dygraph.guard, []
+
+    def guard(device_of_run=None):
+        assert device_of_run is place, "takes Paddle's default, which is a GPU wherever there is one"
+        return original(device_of_run)
+
+    def collective(tensor, **_):
+        places.append(tensor.place)
+        tensor.set_value(tensor + 1)
+    monkeypatch.setattr(paddle.base.dygraph, 'guard', guard)
+    for name in ('all_reduce', 'broadcast'):
+        monkeypatch.setattr(paddle.distributed, name, collective)
+    for name, value in (('world_size', 2), ('_place', place)):
+        monkeypatch.setattr(distributed, name, value)
+    store = VariableStore(place, 'float64')
+    store.set('theta', [1.0, 3.0])
+    store.set('d_alpha', [5.0])
+    distributed.average_gradients(store, 'theta', 'd_alpha')
+    assert store.get('theta').tolist() == [1.0, 2.0] and store.get('d_alpha').tolist() == [3.0]     # no copies
+    assert distributed.all_reduce_mean([1.0, 2.0]) == [1.0, 1.5]
+    assert distributed.broadcast({'state': np.array([1.5])})['state'].tolist() == [2.5]
+    assert len(places) == 4 and all(each._equals(place) for each in places)
+
+
+def test_connect_keeps_the_device_of_the_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(distributed, 'world_size', 2)
+    monkeypatch.setattr(distributed, '_place', None)
+    monkeypatch.setattr(paddle.distributed, 'init_parallel_env',
+                        lambda: calls.append(os.environ['PADDLE_DISTRI_BACKEND']))
+    monkeypatch.setenv('PADDLE_DISTRI_BACKEND', 'nccl')              # as launch sets it on a machine with GPUs
+    place = paddle.CPUPlace()
+    distributed.connect(place)
+    assert calls == ['gloo'] and distributed._place is place and not paddle.in_dynamic_mode()
 
 
 def test_the_gpu_is_the_one_that_launch_assigns(monkeypatch):

@@ -24,6 +24,7 @@ import utils
 
 import numpy as np
 
+from gpu import host, launches, memory
 from inputs import cifar_input, imagenet_input
 
 SMALL_SIZES = (4, 3), (4, 4), (4, 5)         # channels and cells that are built edge by edge within minutes
@@ -103,7 +104,7 @@ def growth(args) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Start, and kernel launches on a GPU
+# Start
 
 def start(args) -> list[dict]:
     """Seconds to the first result, operators and memory: all programs of a search here, one pass edge by edge."""
@@ -127,44 +128,11 @@ def start(args) -> list[dict]:
     return [*rows, {'what': 'start at the defaults, ready', 'unit': 's', 'project': side.answer['seconds']}]
 
 
-# Operators that launch no kernel: constants, views, inputs and outputs.
-WITHOUT_KERNEL = {'full', 'full_int_array', 'fill_constant', 'reshape', 'reshape_', 'reshape2', 'reshape2_grad', 'data',
-                  'feed', 'fetch', 'shape', 'shape64', 'flatten', 'unsqueeze', 'squeeze', 'unsqueeze2', 'squeeze2',
-                  'share_data'}
-
-
-def count_launches(program) -> int:
-    """Returns the number of operators of a Paddle program that compute something on the device."""
-    count = 0
-    for operator in program.global_block().ops:
-        name = operator.name() if callable(getattr(operator, 'name', None)) else operator.type
-        dialect, _, name = name.rpartition('.')
-        count += dialect != 'builtin' and name not in WITHOUT_KERNEL
-    return count
-
-
-def launches(args) -> list[dict]:
-    """Kernel launches of a second-order search step on a GPU, counted in the programs; nothing is run."""
-    from architect import Architect
-    from edge_by_edge import EdgeByEdge
-    from model_search import Supernet
-    supernet = Supernet(CHANNELS, 10, LAYERS)            # with Paddle's own operators, as on a GPU
-    Architect(supernet)
-    one_pass = count_launches(supernet._run.program)
-    vectors = sum(count_launches(function.program) for function in supernet.store.programs
-                  if function not in (supernet._run, supernet._evaluate))
-    peer = count_launches(EdgeByEdge(CHANNELS, 10, LAYERS).program)
-    # Both sides need five passes per step. The peer's vector arithmetic, several operators per weight, is not counted.
-    return [{'what': 'launches of a pass', 'unit': '', 'project': one_pass, 'peer': peer, 'peer is': 'edge by edge'},
-            {'what': 'launches of a second-order step', 'unit': '', 'project': 5 * one_pass + vectors,
-             'peer': 5 * peer, 'peer is': 'edge by edge, only its five passes'}]
-
-
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
 PARTS = {part.__name__: part for part in (start, search_step, training_step, cifar_input, imagenet_input, growth,
-                                          launches)}
+                                          launches, host, memory)}
 
 
 def main() -> None:

@@ -104,13 +104,13 @@ def random_batches(batch_size: int) -> list[tuple]:
 # ---------------------------------------------------------------------------------------------------
 # This project
 
-def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool = True) -> tuple:
-    """Returns a Supernet with compiled operators, and step(train, valid): one step of its search, on feeds."""
+def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool = True, custom: bool = True) -> tuple:
+    """Returns a Supernet and step(train, valid): one step of its search, on feeds; custom: with compiled operators."""
     from engine import custom_ops
     from engine.optimizers import MomentumSGD
     from architect import Architect
     from model_search import Supernet
-    custom_ops.enable()
+    custom_ops.enable(custom)
     supernet = Supernet(channels, 10, layers)
     optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
     architect = Architect(supernet, optimizer, unrolled=unrolled)
@@ -182,29 +182,76 @@ def project_waiting(steps: int = 12) -> None:
     serve({'percent': 100 * waiting / (time.perf_counter() - began)})
 
 
+def project_host(rounds: int = 15) -> None:
+    """Steps of a second-order search on empty batches, with few channels: the work is that of the host.
+
+    Reports the seconds of each step, those in kernels, by Paddle's profiler, and what the programs of a step have.
+    """
+    from engine import programs
+    import paddle
+    from gpu import count_launches, programs_of_a_step
+    if not hasattr(paddle, 'pir'):
+        raise utils.UserError("the part host needs Paddle 3: the operators of Paddle 2 take no empty batch")
+    paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})           # as on a GPU
+    supernet, search = make_search(channels=2, custom=False)
+    feeds, fetches = [], []
+    original = programs.StaticProgram.__call__
+
+    def counted(program, **feed):
+        feeds.extend(feed.values())
+        fetches.extend(program.fetches)
+        return original(program, **feed)
+
+    def step():
+        batches = [supernet.feed(np.zeros([0, 3, 32, 32]), np.zeros([0, 1])) for _ in range(2)]
+        search(*batches)
+        return batches
+    step()
+    programs.StaticProgram.__call__ = counted
+    batches = step()
+    programs.StaticProgram.__call__ = original
+    on_device = {id(tensor) for batch in batches for tensor in batch.values()}
+    transfers = len(on_device) + sum(id(value) not in on_device for value in feeds)
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    kernels = [event.end_ns - event.start_ns for event in profile(step, 3)
+               if event.type == paddle.base.core.TracerEventType.StaticKernelLaunch]
+    own = programs_of_a_step(supernet)
+    serve({'seconds': seconds, 'kernels': sum(kernels) / 3e9, 'operators': sum(each.operators for each in own),
+           'launches': sum(count_launches(each.program) for each in own), 'feeds': transfers,
+           'fetches': len(fetches) + 1})           # and the vector with loss and accuracies, for the log
+
+
+def profile(function: Callable, times: int):
+    """Yields the events of Paddle's profiler while a function is called several times."""
+    from paddle import profiler
+    with profiler.Profiler(targets=[profiler.ProfilerTarget.CPU], on_trace_ready=lambda _: None) as recording:
+        for _ in range(times):
+            function()
+    events = list(recording.profiler_result.get_data().values())
+    while events:
+        event = events.pop()
+        yield event
+        events += event.children_node
+
+
 def project_operators(batch_size: int, channels: int, layers: int) -> None:
     """The operators that take most time in a pass of the supernet, with their percentage, by Paddle's profiler."""
     from engine import custom_ops
     import paddle
-    from paddle import profiler
     from model_search import Supernet
     custom_ops.enable()
     supernet = Supernet(channels, 10, layers)
     feed = supernet.feed(*random_batches(batch_size)[0])
     supernet.run(feed)
-    with profiler.Profiler(targets=[profiler.ProfilerTarget.CPU], on_trace_ready=lambda _: None) as recording:
-        for _ in range(3):
-            supernet.run(feed)
     times = collections.Counter()
-
-    def add(event):
+    for event in profile(lambda: supernet.run(feed), 3):
         if event.type == paddle.base.core.TracerEventType.Operator:
             name = event.name.replace('custom_op.', '').replace('pd_op.', '').rstrip('_')
             times[name] += event.end_ns - event.start_ns
-        for child in event.children_node:
-            add(child)
-    for events in recording.profiler_result.get_data().values():
-        add(events)
     total = sum(times.values())
     serve({'shares': [(name, 100 * time / total) for name, time in times.most_common(8)]})
 
@@ -287,7 +334,8 @@ def pytorch_training(batch_size: int, weights: str, layout: str) -> None:
 
 
 SIDES = {side.__name__: side for side in (project_search, project_training, project_start, project_waiting,
-                                          project_operators, edge_by_edge_start, pytorch_search, pytorch_training)}
+                                          project_host, project_operators, edge_by_edge_start, pytorch_search,
+                                          pytorch_training)}
 
 
 if __name__ == '__main__':
