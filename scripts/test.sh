@@ -9,7 +9,8 @@
 #   VISUALDL=2.5.3 bash scripts/test.sh               # with the tests of --visualdl, likewise
 #
 # Both versions are tested at the same time, on one core each. The output of 2.6.2 follows that of the newest version.
-# Tests marked paddle_free run on the newest version only. Where 2.6.2 has no wheel for this Python it is left out.
+# Tests marked paddle_free run on the newest version only. Where 2.6.2 has no wheel for this Python, or no code for the
+# GPUs of this machine, it is left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -57,6 +58,6 @@ if [ -n "$older" ]; then
     cat "$output"
     [ $status = 0 ] || [ $status = 5 ] || failed=$status        # 5: the arguments select only paddle_free tests
 else
-    echo "PaddlePaddle 2.6.2: not tested, because it has no wheel for this Python"
+    echo "PaddlePaddle 2.6.2: not tested, because it has no build for this Python or these GPUs"
 fi
 exit $failed
