@@ -3,11 +3,13 @@ import json
 import os
 from types import SimpleNamespace
 
+import paddle
 import pytest
 
 import benchmark
 import compare_genotypes
 import genotypes
+import gpu
 import inputs
 import runs
 import sides
@@ -137,6 +139,37 @@ def test_input_is_compared_with_separate_transformations(monkeypatch):
     for row in training:
         assert row['unit'] == 'images/s' and min(row['project'], row['peer']) > 0
         assert row['ratio'] == row['project'] / row['peer']
+
+
+def test_the_host_part_subtracts_kernels_and_counts_transfers(monkeypatch):
+    answer = {'seconds': [0.3, 0.1, 0.2], 'kernels': 0.15, 'operators': 9, 'launches': 7, 'feeds': 5, 'fetches': 1}
+    monkeypatch.setattr(gpu, 'Side', lambda name: finished_side(0.5, **answer))
+    rows = rows_of('host')
+    assert rows['second-order step, empty batch: all']['project'] == pytest.approx(200)
+    assert rows['second-order step, empty batch: host, without kernels']['project'] == pytest.approx(50)
+    names = 'operators', 'launches', 'feeds', 'fetches'
+    assert [rows[f'{name} of a second-order step']['project'] for name in names] == [9, 7, 5, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(paddle.__version__.startswith('2.'), reason="Paddle 2 takes no empty batch")
+def test_the_host_part_measures_a_step():
+    side = sides.Side('project_host', rounds=1)
+    answer = side.answer
+    side.end()
+    assert 0 < answer['kernels'] < answer['seconds'][0] < 60
+    # Two batches of images and labels, and the bias correction of Adam; loss and accuracies are one vector.
+    assert (answer['feeds'], answer['fetches']) == (5, 1)
+    assert answer['operators'] > answer['launches'] > 10_000
+
+
+@pytest.mark.slow
+def test_the_memory_part_lists_all_networks():
+    rows = rows_of('memory')
+    assert len(rows) == 7
+    for what, other in (('a search step', 96), ('a training step, CIFAR-10', 96), ('a training step, ImageNet', 128)):
+        small, large = (rows[f'memory of {what}, batch {size}']['project'] for size in (64, other))
+        assert 1 < small < large and large / small == pytest.approx(other / 64, rel=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import paddle
 import pytest
+from paddle import inference
 from PIL import Image
 
 import export_model
@@ -154,3 +155,19 @@ def test_mistakes_of_a_prediction(tmp_path, exported):
     assert_one_line(predict(tmp_path), 'lacks model.pdiparams')
     (tmp_path / 'classifier.json').write_text(json.dumps(dict(description, mean='?')))
     assert_one_line(predict(tmp_path), 'classifier.json is damaged')
+
+
+def test_prediction_on_a_gpu(monkeypatch, exported):
+    """A CPU build of Paddle cannot; what is asked of its configuration is what a GPU gets."""
+    class FakeGPU:
+        def get_device_id(self):
+            return 1
+    requested, image = [], 'images/alphas.png'
+    monkeypatch.setattr(paddle, 'CUDAPlace', FakeGPU)
+    monkeypatch.setattr(inference.Config, 'enable_use_gpu', lambda config, *args: requested.append(args))
+    assert Predictor(str(exported), FakeGPU()).top5(image) == Predictor(str(exported)).top5(image)
+    assert requested == [(256, 1)]
+    monkeypatch.undo()
+    if not paddle.is_compiled_with_cuda():
+        assert_one_line(run_in_process('scripts/predict.py', '--model', exported, image, '--use_gpu'),
+                        '--use_gpu True: this is a build of Paddle', 'for the CPU')
