@@ -360,7 +360,7 @@ def test_nan_is_propagated():
 
 @pytest.mark.parametrize('flag', [False, True])
 def test_the_flag_switches_them(flag):
-    trainer.set_up(SimpleNamespace(custom_ops=flag), paddle.CPUPlace())
+    trainer.set_up(SimpleNamespace(custom_ops=flag, use_gpu=False), paddle.CPUPlace())
     enabled = custom_ops.enabled()
     custom_ops.enable()
     assert enabled == flag

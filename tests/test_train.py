@@ -250,7 +250,7 @@ def test_fine_tuning_on_other_classes_loads_all_but_the_classifiers(tmp_path, co
     (SCRIPTS, '--init_channels 5', ['init_channels is 5']),
     (SCRIPTS, '--model_save_dir /dev/null/run', ['cannot write to']),
     (SCRIPTS, '--pretrained nowhere.npz', ['nowhere.npz does not exist']),
-    (SCRIPTS, '--use_gpu True', ['finds no GPU']),
+    (SCRIPTS, '--use_gpu True', ['--use_gpu True: ', 'without the flag the CPU is used']),
     ([SEARCH], '--layers 2', ['layers is 2']),
     ([SEARCH, TRAIN], '--data nowhere', ['nowhere']),
     ([TRAIN, IMAGENET], '--arch RESNET', ['RESNET', 'AmoebaNet, DARTS, DARTS_PADDLE, DARTS_V1, DARTS_V2, '
@@ -279,8 +279,8 @@ def test_bad_input_ends_in_one_line(tmp_path, commands, scripts, flags, reasons)
         assert not (folder / 'best.npz').exists() and not (folder / 'genotype.json').exists()
 
 
-COMMON = dict(momentum=0.9, grad_clip=5, seed=0, use_gpu=None, custom_ops=True, num_workers=2, resume=False,
-              visualdl=None, pretrained=None)
+COMMON = dict(momentum=0.9, grad_clip=5, seed=0, use_gpu=None, deterministic=False, custom_ops=True, num_workers=2,
+              resume=False, visualdl=None, pretrained=None)
 CIFAR = dict(COMMON, dataset='cifar10', data=None, image_size=None, test_portion=None,
              cutout=True, cutout_length=16, learning_rate=0.025,
              weight_decay=3e-4, class_num=None, report_freq=50, save_freq=50)
