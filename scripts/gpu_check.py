@@ -23,18 +23,16 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'scripts', 'dev')]
 
-import engine  # before paddle
 import numpy as np
-import paddle
 
 import genotypes
-import operations
 import utils
-from engine import checkpoint, device, memory
 from utils import UserError
 
+# Modules that import Paddle are imported in functions: a comparison does without, and so takes a fraction of a second.
+
 SHORT_OF_MEMORY = 3                                  # an exit code, for scripts/gpu_check.sh
-STEPS, SECONDS = 10, 30                              # the timed steps end after either, but not before 3 steps
+SECONDS = 30                                         # after which no further step is timed, from the third step on
 
 
 def output_of(*command: str) -> str:
@@ -48,9 +46,11 @@ def output_of(*command: str) -> str:
 
 def describe_device(args: argparse.Namespace) -> None:
     """Prints the device as the scripts log it, and the versions around it; tries the device first."""
+    from engine import device
     log = logging.getLogger('darts')
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
+    log.propagate = False            # Paddle installs a handler on the root logger
     place = find_place(args)
     device.announce(place, args.use_gpu)
     driver = output_of('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
@@ -60,6 +60,7 @@ def describe_device(args: argparse.Namespace) -> None:
 
 def find_place(args: argparse.Namespace):
     """Returns the place to compute on, prepared; raises UserError when it cannot be used."""
+    from engine import device
     if args.use_gpu and not device.gpu_count():
         raise UserError(f"no GPU to check: {device.why_no_gpu()}; --use_gpu False runs the checks on the CPU")
     place = device.find_place(args.use_gpu)
@@ -87,21 +88,16 @@ def write_data(args: argparse.Namespace) -> None:
 
 def read(path: str) -> dict[str, np.ndarray]:
     """Returns {name: array} of the last checkpoint in a folder, or of an .npz of tests/recorded.py."""
-    if os.path.isfile(path):
-        with np.load(path) as arrays:
-            # The result of a step is that of the rank's shard.
-            return {name: arrays[name] for name in arrays.files if not name.endswith('/result')}
-    names = sorted(Path(path).glob('checkpoint-*.npz'))
-    if not names:
+    files = sorted(Path(path).glob('checkpoint-*.npz')) if os.path.isdir(path) else [path]
+    if not files:
         raise UserError(f"{path} has no checkpoint")
-    return checkpoint.read_arrays(str(names[-1]))[1]
+    with np.load(files[-1]) as arrays:
+        # `about` has the metadata of the run. The result of a step is that of the rank's shard.
+        return {name: arrays[name] for name in arrays.files if name.rpartition('/')[2] not in ('about', 'result')}
 
 
 def differences(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> list[str]:
-    """Returns one phrase per array that is not bit-identical in both, with the difference relative to its largest value.
-
-    The gradients of a supernet are nothing that both have to share.
-    """
+    """Returns a phrase per array that is not bit-identical in both: the difference, relative to its largest value."""
     if set(first) != set(second):
         raise UserError(f"not the same arrays: {', '.join(sorted(set(first) ^ set(second)))}")
     phrases = []
@@ -179,10 +175,13 @@ def random_batches(batch_size: int) -> list[tuple]:
 def measure(make: Callable) -> Callable:
     """Returns a task that prints the median time of the steps of make(args, place), and the peak memory."""
     def task(args: argparse.Namespace) -> None:
+        import paddle
+        from engine import device, memory
         place = find_place(args)
         with device.errors(place):
             store, step = make(args, place)
-            seconds = times_of(step, place)
+            seconds = times_of(step, args.steps,
+                               lambda: device.is_gpu(place) and paddle.device.cuda.synchronize(place))
         estimate = memory.estimate(store, args.batch_size) / 1e9
         if device.is_gpu(place):
             allocated, reserved = (function(place) / 1e9 for function in (
@@ -195,16 +194,15 @@ def measure(make: Callable) -> Callable:
     return task
 
 
-def times_of(step: Callable, place) -> list[float]:
+def times_of(step: Callable, steps: int, synchronize: Callable) -> list[float]:
     """Returns the seconds of each of several steps, after two that are not timed."""
     seconds, began = [], time.perf_counter()
-    for number in range(-2, STEPS):
+    for number in range(-2, steps):
         if number >= 3 and time.perf_counter() - began > SECONDS:
             break
         started = time.perf_counter()
         step()
-        if device.is_gpu(place):
-            paddle.device.cuda.synchronize(place)      # kernels are asynchronous
+        synchronize()                                  # kernels of a GPU are asynchronous
         if number >= 0:
             seconds.append(time.perf_counter() - started)
     return seconds
@@ -229,7 +227,10 @@ def main() -> None:
     add('--init_channels', type=utils.number(int, 2), default=16, help='channels C of the first cell (%(default)s)')
     add('--layers', type=utils.number(int, 3), default=8, help='number of cells (%(default)s)')
     add('--batch_size', type=utils.number(int, 1), default=64, help='images per step (%(default)s)')
-    operations.add_arguments(parser)
+    add('--steps', type=utils.number(int, 1), default=10, help='largest number of timed steps (%(default)s)')
+    add('--primitives', type=lambda text: tuple(text.split(',')), default=genotypes.DARTS_SPACE.primitives,
+        help='operations of the supernet (those of DARTS)')
+    add('--nodes', type=utils.number(int, 1), default=4, help='nodes of its cells (%(default)s)')
     args = parser.parse_args()
     try:
         TASKS[args.task](args)

@@ -37,28 +37,34 @@ done
 case $use_gpu in True | False) ;; *) stop "--use_gpu $use_gpu: it is True or False" ;; esac
 [ -x "$python" ] || stop "$python is missing: bash scripts/setup.sh creates .venv, VENV= names another environment"
 
-number=1
-while [ -z "$folder" ] && ! mkdir "gpu_check-$number" 2>/dev/null; do
-    [ -e "gpu_check-$number" ] || stop "the folder gpu_check-$number cannot be created: name another one with --out"
-    number=$((number + 1))
-done
-folder=${folder:-gpu_check-$number}
-mkdir -p "$folder" || stop "the folder $folder cannot be created: name another one with --out"
-
 run() {                                         # run ARGUMENTS...: Python, at most `limit` seconds
     timeout --foreground -k 20 "$limit" "$python" "$@"
 }
 
-# --- The device
+last_line() {                                   # of an error message on stdin
+    tail -n 1 | sed 's/^error: //'
+}
 
-# All checks would fail if this does.
-for task in device data; do
-    run scripts/gpu_check.py $task "$folder/data" --use_gpu $use_gpu >"$folder/$task.log" 2>&1 ||
-        stop "$(sed 's/^error: //' "$folder/$task.log" | tail -n 1) (log: $folder/$task.log)"
-done
-cat "$folder/device.log"
+# --- The device: if it fails, all checks would
+
+device=$(run scripts/gpu_check.py device --use_gpu "$use_gpu" 2>&1) || stop "$(last_line <<<"$device")"
+device=$(grep -E '^(device|GPUs): ' <<<"$device")
+gpus=$(sed -n 's/^GPUs: \([0-9]*\).*/\1/p' <<<"$device")
+echo "$device"
 echo
-gpus=$(sed -n 's/^GPUs: \([0-9]*\).*/\1/p' "$folder/device.log")
+
+if [ -n "$folder" ]; then
+    mkdir "$folder" 2>/dev/null || stop "--out $folder exists or cannot be created: name a new folder"
+else
+    number=1
+    while ! mkdir "gpu_check-$number" 2>/dev/null; do
+        [ -e "gpu_check-$number" ] || stop "the folder gpu_check-$number cannot be created: name another one with --out"
+        number=$((number + 1))
+    done
+    folder=gpu_check-$number
+fi
+run scripts/gpu_check.py data "$folder/data" --use_gpu "$use_gpu" >"$folder/data.log" 2>&1 ||
+    stop "$(last_line <"$folder/data.log") (log: $folder/data.log)"
 
 if ! "$python" -c 'import pytest' 2>/dev/null; then
     echo "installing pytest into ${VENV:-.venv}"
@@ -67,7 +73,7 @@ fi
 
 # --- Sizes
 
-if [ $use_gpu = True ]; then
+if [ "$use_gpu" = True ]; then
     supernet=(--init_channels 16 --layers 8)
     search_batch=32
     training=(--init_channels 36 --layers 20 --batch_size 32)
@@ -85,20 +91,24 @@ else
     training_batches="8"
     ranks=(--nproc_per_node 2)
 fi
+steps=10                                        # timed
 proof_tests="not custom_ops"
 network_tests="not custom_ops"
 if [ -n "$quick" ]; then
-    proof_tests+=" and derivative"
+    steps=3
+    proof_tests+=" and paper and 3_nodes"
     network_tests+=" and (1_node or PADDLE-2-1 or equal_the_reference and sep)"
-    supernet+=(--nodes 2 --primitives none,max_pool_3x3,skip_connect,sep_conv_3x3)
+    supernet+=(--nodes 2 --primitives "none,max_pool_3x3,skip_connect,sep_conv_3x3")
 fi
 
 # --- The checks: each prints its result as the last line that begins with "result: "
 
 tests() {                                       # tests SELECTION FILE...: selection by pytest -k
     # The tests marked slow are other sizes of the same. A cache would appear in the repository.
-    run -m pytest -m "not slow" -p no:cacheprovider --use_gpu $use_gpu -k "$1" "${@:2}" | tee "$folder/pytest.part"
-    echo "result: ok, $(grep -oE '[0-9]+ passed' "$folder/pytest.part" | tail -n 1)"
+    run -m pytest -m "not slow" -p no:cacheprovider --use_gpu "$use_gpu" -k "$1" "${@:2}" | tee "$folder/pytest.part"
+    local passed
+    passed=$(grep -oE '[0-9]+ passed' "$folder/pytest.part" | tail -n 1)
+    echo "result: ok, $passed"
 }
 
 proof() {
@@ -111,7 +121,7 @@ networks() {
 
 # Paddle's operators on the CPU too: those that compute on a GPU.
 run_script() {                                  # run_script SCRIPT RUN FLAGS...: a run in the folder RUN
-    run "$1" --model_save_dir "$folder/$2" --use_gpu $use_gpu --custom_ops False --report_freq 1 "${@:3}"
+    run "$1" --model_save_dir "$folder/$2" --use_gpu "$use_gpu" --custom_ops False --report_freq 1 "${@:3}"
 }
 
 search() {                                      # search RUN FLAGS...
@@ -125,9 +135,10 @@ train() {                                       # train RUN FLAGS...
 }
 
 last_epoch() {                                  # last_epoch RUN: what its log reports about the last epoch
-    local log="$folder/$1/log.txt"
-    echo "result: ok, $(grep -oE '(validation|test) loss [0-9.]+, top-1 [0-9.]+ %' "$log" | tail -n 1)," \
-        "$(grep -oE 'peak memory .*' "$log" | tail -n 1)"
+    local losses memory
+    losses=$(grep -oE '(validation|test) loss [0-9.]+, top-1 [0-9.]+ %' "$folder/$1/log.txt" | tail -n 1)
+    memory=$(grep -o 'peak memory .*' "$folder/$1/log.txt" | tail -n 1)
+    echo "result: ok, $losses, $memory"
 }
 
 search_once() {
@@ -163,13 +174,13 @@ search_without_flag() {
 }
 
 two_ranks() {
-    if [ $use_gpu = True ] && [ "$gpus" -lt 2 ]; then
+    if [ "$use_gpu" = True ] && [ "$gpus" -lt 2 ]; then
         echo "result: skipped: Paddle finds one GPU"
         return
     fi
     # tests/recorded.py writes the state of each rank after each step.
     run -m paddle.distributed.launch "${ranks[@]}" --log_dir "$folder/launch" tests/recorded.py "$folder/rank" \
-        train_search.py --model_save_dir "$folder/search-of-two" --use_gpu $use_gpu --custom_ops False \
+        train_search.py --model_save_dir "$folder/search-of-two" --use_gpu "$use_gpu" --custom_ops False \
         --dataset fashion_mnist_sample --data "$folder/data/fashion" "${supernet[@]}" --batch_size $search_batch \
         --epochs 1 --report_freq 1
     run scripts/gpu_check.py compare "$folder/rank.0.npz" "$folder/rank.1.npz"
@@ -179,7 +190,8 @@ time_of() {                                     # time_of STEP BATCHES FLAGS...
     local batch status=0
     for batch in $2; do
         status=0
-        run scripts/gpu_check.py "$1" --use_gpu $use_gpu --batch_size "$batch" "${@:3}" || status=$?
+        run scripts/gpu_check.py "$1" --use_gpu "$use_gpu" --batch_size "$batch" --steps $steps "${@:3}" ||
+            status=$?
         [ $status = 3 ] || return $status       # 3: the memory of the GPU is not sufficient
     done
     return $status
@@ -207,9 +219,7 @@ checks=(
 )
 
 reason_in() {                                   # reason_in LOG: the line that says most about a failure
-    local line
-    line=$(grep -m 1 -E '^(error: |FAILED |ERROR |gpu_check: )' "$1" || grep -v '^\s*$' "$1" | tail -n 1 || true)
-    tr -d '\r' <<<"${line:-no output}" | sed 's/^error: //; s/|/\\|/g' | cut -c 1-300
+    grep -m 1 -E '^(error: |FAILED |ERROR )|: error: ' "$1" || grep -v '^[[:space:]]*$' "$1" | tail -n 1 || echo "no output"
 }
 
 group=
@@ -219,7 +229,7 @@ trap 'exit 130' HUP INT TERM
 
 table=$folder/table.md
 {
-    cat "$folder/device.log"
+    echo "$device"
     printf '\n| check | result | seconds |\n| --- | --- | --- |\n'
 } >"$table"
 failed=0
@@ -233,10 +243,7 @@ for check in "${checks[@]}"; do
     began=$SECONDS
     status=0
     set -m                                      # the check is a process group
-    (
-        set -e
-        $name
-    ) </dev/null >"$log" 2>&1 &
+    ( $name ) </dev/null >"$log" 2>&1 &
     group=$!
     set +m
     wait "$group" || status=$?
@@ -244,15 +251,18 @@ for check in "${checks[@]}"; do
     result=$(sed -n 's/^result: //p' "$log" | tail -n 1)
     if [ $status != 0 ]; then
         failed=$((failed + 1))
-        [ $status != 124 ] && [ $status != 137 ] || echo "error: a process did not end within $limit s" >>"$log"
-        result="FAILED: $(reason_in "$log") (log: $log)"
+        case $status in
+        124) reason="a process did not end within $limit s" ;;
+        137) reason="a process was killed: memory was short, or it did not end within $limit s" ;;
+        *) reason=$(reason_in "$log" | tr -d '\r' | sed 's/^error: //; s/|/\\|/g' | cut -c 1-300) ;;
+        esac
+        result="FAILED: $reason (log: $log)"
     fi
     echo "${result:-ok} ($((SECONDS - began)) s)"
     echo "| $title | ${result:-ok} | $((SECONDS - began)) |" >>"$table"
 done
 
-printf '\n%s\n' "the table, also in $table:"
-echo
+printf '\nthe table, also in %s:\n\n' "$table"
 cat "$table"
 echo
 echo "gpu_check: $failed of $count checks failed, in $SECONDS s"
