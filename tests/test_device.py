@@ -315,22 +315,23 @@ def test_the_peak_is_that_of_the_tensors_that_live_at_the_same_time():
     assert memory.peak([]) == 0
 
 
-def test_the_estimate_follows_a_program():
-    """relu keeps its result for the gradient; the input's gradient is computed last."""
+@pytest.mark.parametrize('activation, kept', [(paddle.nn.functional.relu, 192), (lambda x: x, 0)], ids=['relu', 'none'])
+def test_the_estimate_follows_a_program(activation, kept):
+    """The gradient of a ReLU needs its result, that of a concatenation only the shapes of its inputs."""
     store = VariableStore(paddle.CPUPlace())
     store.set('w', np.ones([1, 3, 4, 4]))
 
     def build():
         w = store.variable('w', trainable=True)
-        x = paddle.nn.functional.relu(store.input('x', [None, 3, 4, 4]) * w)        # 192 bytes per image, twice
+        x = activation(store.input('x', [None, 3, 4, 4]) * w)                        # 192 bytes per image
         loss = paddle.sum(paddle.concat([x, x], axis=1))                             # 384 bytes
         store.assign('w', paddle.static.gradients([loss], [w])[0])
         return []
     StaticProgram(store, build)
     small, large = memory.estimate(store, 1), memory.estimate(store, 101)
-    # relu(x), the gradient of the concatenation, and the gradients of both its parts exist at the same time.
-    assert (large - small) / 100 == 192 + 384 + 2 * 192
-    assert 192 <= small - (large - small) / 100 < 1000                               # w, its gradient, constants
+    # The gradient of the concatenation and those of both its parts exist at the same time.
+    assert (large - small) / 100 == kept + 384 + 2 * 192
+    assert 192 <= small - (large - small) / 100 < 1000                               # w and constants
 
 
 def test_the_estimate_of_a_step_grows_with_the_batch_and_is_logged(stores, caplog):
