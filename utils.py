@@ -207,11 +207,10 @@ def add_common_arguments(parser: Parser, *, batch_size: int, learning_rate: floa
              '--deterministic (%(default)s)')
     add('--use_gpu', type=boolean, default=None,
         help='True or False (True if the installed Paddle finds a GPU). On GPUs TF32 is off, because its rounding '
-             'changes the second-order term by 16 to 21 %%; NVIDIA_TF32_OVERRIDE=1 in the environment leaves it on, '
-             'for trainings')
+             'changes the second-order term by 16 to 21 %%; NVIDIA_TF32_OVERRIDE=1 in the environment leaves it '
+             'to Paddle, for trainings')
     add('--deterministic', type=boolean, default=False,
-        help='equal results of equal runs on a GPU, with slower algorithms; on the CPU they are always equal '
-             '(%(default)s)')
+        help='bit-identical results of equal runs on a GPU, with slower algorithms; no effect on the CPU (%(default)s)')
     add('--custom_ops', type=boolean, default=True,
         help='use of the compiled operators of engine/custom_ops on the CPU (%(default)s)')
     add('--num_workers', type=number(int, 0, 64), default=2,

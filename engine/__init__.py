@@ -60,7 +60,7 @@ _keep_freed_memory()
 
 try:
     import paddle
-except (ImportError, OSError) as error:
+except Exception as error:         # also of another type, when its files are damaged
     _exit_without_paddle(error)
 
 paddle.enable_static()

@@ -1,4 +1,4 @@
-"""The device of a run: choice, first contact, numerics, and what Paddle's errors on a GPU mean.
+"""The device of a run: choice, first contact, flags, memory, and Paddle's errors on a GPU with their remedies.
 
 Nothing here has been run on a GPU yet. The tests replace what a CPU build of Paddle lacks, and use messages of Paddle
 that users have reported.
@@ -34,15 +34,17 @@ REMEDIES = {                       # {pattern of a message: what to do}, the fir
         f"a library of CUDA or cuDNN is missing: {SETUP}; Paddle 2.6 needs CUDA 11.8 and cuDNN 8.6 of the system, in "
         "LD_LIBRARY_PATH",
     'busy or unavailable|DevicesUnavailable|CUDA error\\(46\\)':
-        "another process has this GPU for itself: wait, or choose another one with CUDA_VISIBLE_DEVICES (nvidia-smi "
+        "another process uses this GPU exclusively: wait, or choose another one with CUDA_VISIBLE_DEVICES (nvidia-smi "
         "lists them)",
-    '[Oo]ut of memory|MemoryAllocation|CUDA error\\(2\\)|CUDN?N_STATUS_ALLOC_FAILED|CUDNN_STATUS_NOT_INITIALIZED':
+    'CU(DNN|BLAS)_STATUS_NOT_INITIALIZED':
+        f"another process has taken the memory of the GPU (see nvidia-smi), or driver and CUDA do not match: {SETUP}",
+    '[Oo]ut of memory|MemoryAllocation|CUDA error\\(2\\)|CU(DNN|BLAS)_STATUS_ALLOC_FAILED':
         "the memory of the GPU is not sufficient: reduce --batch_size, or choose another GPU with CUDA_VISIBLE_DEVICES "
         "(nvidia-smi shows which processes use it)",
     'no CUDA-capable device|invalid device ordinal|CUDA error\\((100|101)\\)':
         "this GPU is not visible: see CUDA_VISIBLE_DEVICES and nvidia-smi",
 }
-FROM_GPU = 'CUDA|CUDNN|CUBLAS|NCCL|cudnn|cublas|GPU|' + '|'.join(REMEDIES)
+FROM_GPU = '(CUDA|CUDNN|CUBLAS|NCCL) error|' + '|'.join(REMEDIES)
 
 
 def find_place(use_gpu: bool | None):
@@ -147,13 +149,16 @@ def _set_gpu_flags(deterministic: bool) -> None:
     cuDNN has convolutions and poolings whose gradients add atomically, in another order in every run; cuBLAS may choose
     its algorithm by the workspace that is free.
     """
-    flags = {'FLAGS_enable_pir_in_executor_trace_run': True}    # kernels are asynchronous: threads only cost time
-    if deterministic:
-        flags.update(FLAGS_cudnn_deterministic=True, FLAGS_cudnn_exhaustive_search=False)
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    for name, value in flags.items():
-        with contextlib.suppress(ValueError):                    # Paddle 2.6 has no trace run
+    # Kernels are asynchronous: threads would only cost time. Copies have to wait for kernels, as they do by default.
+    for name, value in (('FLAGS_enable_pir_in_executor_trace_run', True), ('FLAGS_use_default_stream', False)):
+        with contextlib.suppress(ValueError):                    # Paddle 2.6 has neither
             paddle.set_flags({name: value})
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        try:
+            paddle.set_flags({'FLAGS_cudnn_deterministic': True, 'FLAGS_cudnn_exhaustive_search': False})
+        except ValueError:
+            raise UserError(f"--deterministic: Paddle {paddle.__version__} lacks the flags of cuDNN for it") from None
 
 
 def check(place) -> None:
@@ -185,11 +190,16 @@ def errors(place):
     """Raises UserError for an error of a GPU inside the `with` block: what happened, and what to do."""
     try:
         yield
-    except (RuntimeError, OSError, MemoryError, SystemError, ValueError) as error:
-        text = str(error)
-        if not is_gpu(place) or not re.search(FROM_GPU, text):
+    except (RuntimeError, OSError, MemoryError, SystemError) as error:
+        # Errors of files have a number. The programs fetch nothing, so an error may appear at a later statement.
+        if getattr(error, 'errno', None) or not from_gpu(place, str(error)):
             raise
-        raise UserError(f"GPU {place.get_device_id()}: {explain(text)}") from None
+        raise UserError(f"GPU {place.get_device_id()}: {explain(str(error))}") from None
+
+
+def from_gpu(place, text: str) -> bool:
+    """Whether an error message comes from the GPU of a place, or from a library of CUDA."""
+    return is_gpu(place) and bool(re.search(FROM_GPU, text))
 
 
 def explain(text: str) -> str:
@@ -205,4 +215,5 @@ def cause(text: str) -> str:
     """
     start = list(re.finditer(r'^\s*(\w+Error: |\([A-Z]\w+\) )', text, re.MULTILINE))
     text = text[start[-1].end():] if start else text[-200:]
-    return ' '.join(re.split(r'\[Hint|Suggestions:|\(at /|\[operator|Please', text)[0].split()).rstrip('.')[:200]
+    summary = re.split(r'\[Hint|Suggestions:|\(at /|\[operator|Please', text)[0].strip() or text
+    return ' '.join(summary.split()).rstrip('.')[:200]

@@ -128,8 +128,12 @@ def _collective():
         yield
     except (RuntimeError, ValueError, OSError) as error:
         text = str(error)
-        what = (f"NCCL failed in process {rank}" if device.is_gpu(_place) and 'NCCL' in text.upper() else
-                "another process of this run has ended or cannot be reached")
+        if not device.from_gpu(_place, text):
+            what = "another process of this run has ended or cannot be reached"
+        elif 'NCCL' in text.upper():
+            what = f"NCCL failed in process {rank}, or another process of this run has ended"
+        else:                                          # a kernel that was started before the collective
+            what = f"GPU {_place.get_device_id()} failed in process {rank}"
         raise UserError(f"{what} ({device.explain(text)}); the logs of all processes are in launch's "
                         "--log_dir") from None
     finally:

@@ -30,7 +30,7 @@ def estimate(store, batch_size: int) -> float | None:
 
     None when a program has a compiled operator: the sizes of what it keeps for its gradient are not in the program.
     """
-    if any('darts_' in _name(operator) for each in store.programs for operator in each.program.global_block().ops):
+    if any('darts_' in _name(operator) for part in store.programs for operator in part.program.global_block().ops):
         return None
     vectors = sum(store.get(name).nbytes for name in store.names)
     return vectors + max(peak(operations(program.program, batch_size)) for program in store.programs)
@@ -63,14 +63,18 @@ def _of_paddle3(block, batch_size: int) -> Iterator[Operation]:
     lists: dict[str, list] = {}                     # {key of a list of tensors: keys of the tensors}
     for operator in block.ops:
         name = _name(operator).rpartition('.')[2].rstrip('_')
-        operands = operator.operands_source()[name in READS_SHAPES:]
+        operands = operator.operands_source()
+        if name in READS_SHAPES:
+            operands = [source for source, slot in zip(operands, operator.get_input_names()) if slot == 'out_grad']
         reads = [key for source in operands if source.initialized() for key in lists.get(source.id, [source.id])]
         results = [result for result in operator.results() if result.initialized()]
         if name == 'combine':                       # the operands become a list
             lists[results[0].id] = reads
         elif name == 'split' and operator.name().startswith('builtin'):        # the tensors of a list
             lists.update((result.id, [key]) for result, key in zip(results, reads))
-        elif name not in ('parameter', 'data', 'assign_out'):      # which write a vector of the store, or an input
+        elif name == 'assign_out':                  # writes a vector of the store
+            yield Operation(reads, {})
+        elif name not in ('parameter', 'data'):
             writes = {}
             for result in results:
                 if result.type().as_vec_type() is None:

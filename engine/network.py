@@ -80,7 +80,7 @@ class FlatNetwork:
         """Adds to the program under construction: loss, top-1 and top-5 accuracy (fractions), for `_metrics`."""
         logits = logits.astype('float32')    # of double logits Paddle 3 gives the accuracy in the wrong precision
         accuracies = [paddle.static.accuracy(logits, labels, k=min(k, self.classes)) for k in (1, 5)]
-        metrics = [paddle.reshape(each, [1]).astype(self.store.dtype) for each in (loss, *accuracies)]
+        metrics = [paddle.reshape(value, [1]).astype(self.store.dtype) for value in (loss, *accuracies)]
         self.store.assign('metrics', paddle.concat(metrics))
 
     def _metrics(self) -> Evaluation:

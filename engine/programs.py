@@ -6,6 +6,7 @@ saved=True, and the numbers in `host_state`, survive a resume.
 """
 from __future__ import annotations
 
+import inspect
 from typing import Callable
 
 import numpy as np
@@ -152,9 +153,12 @@ class StaticProgram:
             return None
         executor, cache = self._executor, getattr(self._executor, '_executor_cache', None)
         try:
-            return cache.get_pir_program_and_executor(self.program, feed, self.fetches, 'feed', 'fetch',
-                                                      executor.place, self.store.scope, executor.plan)
-        except (AttributeError, TypeError):
+            prepared = cache.get_pir_program_and_executor(self.program, feed, self.fetches, 'feed', 'fetch',
+                                                          executor.place, self.store.scope, executor.plan)
+            inspect.signature(executor._pir_feed_data).bind(prepared[0], feed, self.store.scope, prepared[2])
+            inspect.signature(prepared[1].run).bind([])
+            return prepared
+        except (AttributeError, TypeError, IndexError):
             return None
 
 

@@ -90,6 +90,7 @@ else
     search_batches="8"
     training_batches="8"
     ranks=(--nproc_per_node 2)
+    export CUDA_VISIBLE_DEVICES=-1,-1           # launch fails with more processes than names of GPUs
 fi
 steps=10                                        # timed
 proof_tests="not custom_ops"

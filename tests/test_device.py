@@ -2,6 +2,7 @@
 
 No GPU is needed: what a CPU build of Paddle lacks is replaced, and the messages are those that users have reported.
 """
+import contextlib
 import logging
 import os
 import subprocess
@@ -134,11 +135,19 @@ def test_flags_for_a_gpu(monkeypatch, gpu_build, deterministic):
     monkeypatch.setattr(device, 'check', lambda place: None)
     monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
     device.prepare(FakeGPU(), deterministic)
-    expected = {'FLAGS_enable_pir_in_executor_trace_run': True}
+    expected = {'FLAGS_enable_pir_in_executor_trace_run': True, 'FLAGS_use_default_stream': False}
     if deterministic:
         expected.update(FLAGS_cudnn_deterministic=True, FLAGS_cudnn_exhaustive_search=False)
     assert flags == expected
     assert ('CUBLAS_WORKSPACE_CONFIG' in os.environ) is deterministic
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+
+    def refuse(flags):
+        raise ValueError
+    monkeypatch.setattr(paddle, 'set_flags', refuse)
+    expected = pytest.raises(UserError, match='--deterministic: Paddle') if deterministic else contextlib.nullcontext()
+    with expected:
+        device.prepare(FakeGPU(), deterministic)
     monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
 
 
@@ -174,13 +183,19 @@ MESSAGES = [              # (message of Paddle, cause, remedy)
      'available memory is only 512.0MB;', 'reduce --batch_size'),
     (STACK + "ExternalError: CUDA error(46), all CUDA-capable devices are busy or unavailable. \n  [Hint: Please "
      "search for the error code(46) on website] (at /paddle/paddle/phi/backends/gpu/cuda/cuda_info.cc:250)\n",
-     'CUDA error(46), all CUDA-capable devices are busy or unavailable;', 'another process has this GPU for itself'),
+     'CUDA error(46), all CUDA-capable devices are busy or unavailable;', 'another process uses this GPU exclusively'),
     ("(External) CUDA error(35), CUDA driver version is insufficient for CUDA runtime version. \n  [Hint: "
      "'cudaErrorInsufficientDriver'.] (at /paddle/x.cc:66)",
      'CUDA error(35), CUDA driver version is insufficient for CUDA runtime version;', 'the NVIDIA driver is too old'),
     ("In user code:\n\n    File \"model.py\", line 3, in x\n      return F.conv2d(x)\n\n    ExternalError: CUDNN "
      "error(8), CUDNN_STATUS_EXECUTION_FAILED. \n      [Hint: 'CUDNN_STATUS_EXECUTION_FAILED'.] (at /paddle/x.cu:1)\n"
      "      [operator < conv2d > error]", 'CUDNN error(8), CUDNN_STATUS_EXECUTION_FAILED', ''),
+    ("(External) CUBLAS error(3). \n  [Hint: 'CUBLAS_STATUS_ALLOC_FAILED'. Resource allocation failed inside the "
+     "cuBLAS library.] (at /paddle/gpu_resources.cc:226)", 'CUBLAS error(3);', 'reduce --batch_size'),
+    ("(External) CUDNN error(1), CUDNN_STATUS_NOT_INITIALIZED. \n  [Hint: 'x'.] (at /paddle/x)",
+     'CUDNN error(1), CUDNN_STATUS_NOT_INITIALIZED;', 'or driver and CUDA do not match'),
+    ("(External) CUDA error(700), an illegal memory access was encountered. \n  [Hint: x] (at /paddle/x.cc:1)",
+     'CUDA error(700), an illegal memory access was encountered', ''),
     ("(External) NCCL error(2), unhandled system error. \n  [Hint: 'ncclSystemError'.] (at /paddle/nccl_comm.cc:81)",
      'NCCL error(2), unhandled system error', ''),
 ]
@@ -198,14 +213,22 @@ def test_an_error_of_a_gpu_becomes_one_line_with_cause_and_remedy(gpu_build, mes
 
 
 def test_other_errors_are_not_hidden(gpu_build):
-    for place, message in ((FakeGPU(), 'an error of this project'), (paddle.CPUPlace(), MESSAGES[0][0])):
-        with pytest.raises(RuntimeError), device.errors(place):
-            raise RuntimeError(message)
+    for place, error in ((FakeGPU(), RuntimeError('bad shape in GPUNet')), (paddle.CPUPlace(), OSError(MESSAGES[0][0])),
+                         (FakeGPU(), OSError(28, 'No space left on device', '/data/libcudnn.so'))):
+        with pytest.raises(type(error)) as raised, device.errors(place):
+            raise error
+        assert raised.value is error
+
+
+def test_a_message_that_has_only_advice_is_kept():
+    assert device.cause('Please check the driver.') == 'Please check the driver'
 
 
 def test_an_error_of_nccl_carries_its_reason(monkeypatch, gpu_build):
     monkeypatch.setattr(distributed, '_place', FakeGPU())
-    for message, expected in ((MESSAGES[-1][0], 'NCCL failed in process 0 (NCCL error(2), unhandled system error)'),
+    for message, expected in ((MESSAGES[-1][0], 'NCCL failed in process 0, or another process of this run has ended '
+                                                '(NCCL error(2), unhandled system error)'),
+                              (MESSAGES[-2][0], 'GPU 0 failed in process 0 (CUDA error(700), an illegal memory access'),
                               ('Connection reset', 'another process of this run has ended or cannot be reached (Conn')):
         with pytest.raises(UserError) as raised, distributed._collective():
             raise OSError(message)
@@ -295,9 +318,12 @@ def test_a_prepared_program_is_run_without_looking_it_up(monkeypatch):
         runs.append(self), original(self, *args, **settings))[1])
     first, second, weights = supernet.gradients(*batch), supernet.gradients(*batch), supernet.mixing_weights()
     assert len(runs) == 2 and supernet._run._prepared
-    supernet._run._prepared = supernet._mixing_weights._prepared = None            # as without the private functions
+    supernet._run._prepared = None                   # a Paddle whose function has other parameters, or none
+    for function in (lambda self, program: None, None):
+        monkeypatch.setattr(paddle.static.Executor, '_pir_feed_data', function)
+        assert supernet._run._prepare(supernet.feed(*batch)) is None
+    monkeypatch.undo()
     third = supernet.gradients(*batch)
-    assert len(runs) == 3
     for name, gradient in first.weights.items():
         assert gradient.tobytes() == second.weights[name].tobytes() == third.weights[name].tobytes()
     assert all(np.array_equal(weights[name], table) for name, table in supernet.mixing_weights().items())

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that say something about a GPU without one: launches, host time, memory.
+"""The parts of the benchmark that compute figures of GPUs on a CPU: kernel launches, host time, memory.
 
 Paddle's own operators compute, as on a GPU.
 """
@@ -27,8 +27,7 @@ def count_launches(program) -> int:
 
 def programs_of_a_step(supernet) -> list:
     """Returns the programs that a second-order step runs, in any order."""
-    others = supernet.store.programs
-    vectors = [program for program in others
+    vectors = [program for program in supernet.store.programs
                if program not in (supernet._run, supernet._evaluate, supernet._mixing_weights)]
     return [supernet._run] * 5 + vectors
 
@@ -45,7 +44,7 @@ def launches(args) -> list[dict]:
     return [{'what': 'launches of a pass', 'unit': '', 'project': count_launches(supernet._run.program), 'peer': peer,
              'peer is': 'edge by edge'},
             {'what': 'launches of a second-order step', 'unit': '',
-             'project': sum(count_launches(each.program) for each in programs_of_a_step(supernet)),
+             'project': sum(count_launches(part.program) for part in programs_of_a_step(supernet)),
              'peer': 5 * peer, 'peer is': 'edge by edge, only its five passes'}]
 
 

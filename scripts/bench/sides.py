@@ -219,8 +219,8 @@ def project_host(rounds: int = 15) -> None:
     kernels = [event.end_ns - event.start_ns for event in profile(step, 3)
                if event.type == paddle.base.core.TracerEventType.StaticKernelLaunch]
     own = programs_of_a_step(supernet)
-    serve({'seconds': seconds, 'kernels': sum(kernels) / 3e9, 'operators': sum(each.operators for each in own),
-           'launches': sum(count_launches(each.program) for each in own), 'feeds': len(to_device),
+    serve({'seconds': seconds, 'kernels': sum(kernels) / 3e9, 'operators': sum(part.operators for part in own),
+           'launches': sum(count_launches(part.program) for part in own), 'feeds': len(to_device),
            'fetches': len(to_host)})
 
 
