@@ -177,6 +177,7 @@ def sentinel(monkeypatch):
 
     monkeypatch.setattr(paddle, 'CUDAPlace', Sentinel)
     monkeypatch.setattr(device, 'gpu_count', lambda: 1)
+    monkeypatch.setattr(paddle, 'set_flags', lambda flags: None)          # a CPU build lacks those of cuDNN
     monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', '')
     return Sentinel
 
@@ -229,7 +230,7 @@ def test_the_option_of_pytest(tmp_path):
             init(program, store, build)
         programs.StaticProgram.__init__ = recording
         if sys.argv[1] == 'sentinel':
-            paddle.CUDAPlace, device.gpu_count = Sentinel, lambda: 1
+            paddle.CUDAPlace, paddle.set_flags, device.gpu_count = Sentinel, lambda flags: None, lambda: 1
         code = pytest.main(['-p', 'no:cacheprovider', '--use_gpu', 'True', '-k', 'seed_alone or custom_ops-1_node',
                             'tests/test_operations.py', 'tests/test_model_search.py'])
         print(places)
