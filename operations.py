@@ -350,4 +350,6 @@ def drop_path_masks(count, edges: int, keep):
     masks are drawn on the device from the generator that paddle.seed sets.
     """
     uniform = paddle.uniform([count, edges, 1, 1], dtype=keep.dtype, min=0.0, max=1.0)
+    if uniform.shape[1] < 0:        # Paddle 2 forgets the sizes that it knows, and the estimate of memory needs them
+        uniform = uniform.reshape([-1, edges, 1, 1])
     return (uniform < keep).astype(keep.dtype) / keep
