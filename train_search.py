@@ -5,6 +5,7 @@
     python train_search.py --primitives none,skip_connect,sep_conv_3x3 --nodes 3          # another search space
     python train_search.py --dataset fashion_mnist_sample --init_channels 4 --epochs 2    # small, no download
     python train_search.py --dataset folder --data my_images       # custom images, or --dataset npz for arrays
+    python train_search.py --curvature_freq 1 --stop_at_curvature 1.3                     # end before a collapse
     python train_search.py --resume                                # continue after a stop or a crash
     python -m paddle.distributed.launch --gpus 0,1,2,3 train_search.py                    # four GPUs
 """
@@ -14,15 +15,18 @@ import argparse
 import contextlib
 import math
 import os
+import time
+
+import numpy as np
 
 import genotypes
 import operations
 import reader
 import utils
-from architect import Architect
+from architect import CURVATURE_LIMIT, Architect
 from engine import distributed, trainer
 from engine.checkpoint import Run, read_weights
-from engine.console import log
+from engine.console import Progress, log
 from engine.optimizers import MomentumSGD
 from genotypes import SearchSpace
 from model_search import Supernet
@@ -48,11 +52,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--stop_at_skips', type=utils.number(int, 1), metavar='N',
         help='number of skip_connect in the normal cell that ends the search; genotype.json is then the last genotype '
              'with fewer (no limit)')
+    add('--curvature_freq', type=utils.number(int, 1), metavar='N',
+        help='epochs between evaluations of the curvature, the dominant eigenvalue of the Hessian of the validation '
+             'loss with respect to alpha, each as long as a few steps (no evaluation)')
+    add('--stop_at_curvature', type=utils.number(float, 1, open_low=True), metavar='FACTOR',
+        help='ratio, such as 1.3, of the mean of the last five evaluations of the curvature to that four evaluations '
+             'earlier above which the search ends, from epoch 10 on; genotype.json is then the genotype of the earlier '
+             'evaluation (no limit)')
     add('--pretrained', type=utils.path, metavar='PATH', help='initial weights (and alpha) of a supernet, an .npz of '
         'scripts/convert_weights.py')
     args = parser.parse_args(argv)
     if args.stop_at_skips is not None and args.stop_at_skips > 2 * args.nodes:
         parser.error(f"--stop_at_skips {args.stop_at_skips}: a cell of {args.nodes} nodes has {2 * args.nodes} edges")
+    if args.stop_at_curvature is not None and args.curvature_freq is None:
+        parser.error("--stop_at_curvature needs evaluations of the curvature: add --curvature_freq 1")
     return args
 
 
@@ -111,6 +124,7 @@ class Search:
         log.info(f"epoch {epoch + 1}: {health['skip_connects']} skip_connect in the normal cell; entropy of alpha: "
                  f"normal {health['entropy_normal']:.4f}, reduce {health['entropy_reduce']:.4f} "
                  f"({math.log(len(self.space.primitives)):.4f} undecided, 0 decided)")
+        health.update(self.curvature(epoch))
         if not self.too_many_skips(genotype):
             self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
         return dict(validation, **health, **{name: table.tolist() for name, table in weights.items()},
@@ -120,35 +134,79 @@ class Search:
         limit = self.args.stop_at_skips
         return limit is not None and genotypes.skip_connects(genotype) >= limit
 
-    def stop_reason(self, record: dict) -> str | None:
-        """Returns why --stop_at_skips ends the search after this line of history.jsonl, or None.
+    def curvature(self, epoch: int) -> dict[str, float]:
+        """Returns {'curvature': value} after an epoch with an evaluation, otherwise {}.
 
-        genotype.json is then the last genotype with fewer skip connections, if there is one.
+        All evaluations of a run use the first validation batch: the validation images are in a random order.
         """
-        if self.args.stop_at_skips is None:
+        freq = self.args.curvature_freq
+        if freq is None or (epoch + 1) % freq:
+            return {}
+        began = time.time()
+        with Progress(2 * self.args.batch_size, unit='product', total=CURVATURE_LIMIT, desc='curvature') as bar:
+            result = self.architect.curvature(self.supernet.feed(*self.valid.batch(0, 0)), progress=bar.update)
+        log.info(f"epoch {epoch + 1}: curvature {result.value:.4g} after {result.products} products (last change "
+                 f"{100 * result.change:.2g} %) in {time.time() - began:.1f} s: {2 * result.products} forward and "
+                 f"backward passes, a step of this search takes {5 if self.args.unrolled else 2}")
+        return {'curvature': result.value} if math.isfinite(result.value) else {}
+
+    def stop_reason(self, record: dict) -> str | None:
+        """Returns why --stop_at_skips or --stop_at_curvature ends the search after this line of history.jsonl, or None.
+
+        genotype.json is then the last genotype that both permit, if there is one.
+        """
+        limit, factor = self.args.stop_at_skips, self.args.stop_at_curvature
+        flags = ' and '.join(f'--stop_at_{name}' for name, value in (('skips', limit), ('curvature', factor)) if value)
+        if not flags:
             return None
         try:
-            found = {line['epoch']: genotypes.check(line['genotype']) for line in [*self.run.history(), record]}
+            lines = {line['epoch']: line for line in [*self.run.history(), record]}
+            found = {epoch: genotypes.check(line['genotype']) for epoch, line in lines.items()}
+            curvatures = {epoch: float(line['curvature']) for epoch, line in lines.items() if 'curvature' in line}
         except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{self.run.path('history.jsonl')} has a line without a genotype ({error!r}), which "
-                            "--stop_at_skips needs: restore the file, or leave out --stop_at_skips") from None
-        if not self.too_many_skips(found[record['epoch']]):
+            raise UserError(f"{self.run.path('history.jsonl')} has a line without a genotype or with a damaged number "
+                            f"({error!r}): restore the file, or leave out {flags}") from None
+        reasons, epoch = [], record['epoch']
+        permitted = [number for number in found if not self.too_many_skips(found[number])]
+        if epoch not in permitted:
+            reasons.append(f"whose normal cell has {genotypes.skip_connects(found[epoch])} skip_connect "
+                           f"(--stop_at_skips {limit})")
+        before = epoch_before_collapse(curvatures, factor) if factor and epoch in curvatures else None
+        if before:
+            reasons.append(f"when the mean curvature of {WINDOW} evaluations was above {factor} times that of epoch "
+                           f"{before} (--stop_at_curvature {factor})")
+            permitted = [number for number in permitted if number <= before]
+        if not reasons:
             return None
-        reason = (f"the search ended with epoch {record['epoch']}, whose normal cell has "
-                  f"{genotypes.skip_connects(found[record['epoch']])} skip_connect (--stop_at_skips "
-                  f"{self.args.stop_at_skips}): ")
-        fewer = [epoch for epoch, genotype in found.items() if not self.too_many_skips(genotype)]
         path = self.run.path('genotype.json')
-        if fewer:
-            last = found[fewer[-1]]
+        if permitted:
+            last = found[permitted[-1]]
             self.run.write('genotype.json', genotypes.dumps(last) + '\n')
-            reason += f"{path} is the genotype of epoch {fewer[-1]}, which has {genotypes.skip_connects(last)}"
+            result = f"{path} is the genotype of epoch {permitted[-1]}, which has {genotypes.skip_connects(last)}"
         else:
             # The file exists when the run was resumed with a lower limit; history.jsonl keeps all genotypes.
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
-            reason += f"no epoch had fewer, so there is no {path}"
-        return reason + "; --resume with a higher limit, or with none, continues the search"
+            result = f"no epoch{f' up to {before}' if before else ''} had fewer, so there is no {path}"
+        return (f"the search ended with epoch {epoch}, {', and '.join(reasons)}: {result}; --resume with a higher "
+                "limit, or with none, continues the search")
+
+
+WINDOW, LAG, FIRST_EPOCH = 5, 4, 10         # of epoch_before_collapse
+
+
+def epoch_before_collapse(curvatures: dict[int, float], factor: float) -> int | None:
+    """Returns the epoch with the genotype to keep if the curvature has risen with the last evaluation, otherwise None.
+
+    curvatures: {epoch: dominant eigenvalue}, ascending. The early stopping of RobustDARTS (arXiv 1909.09656): the
+    mean of the last five evaluations is more than `factor` times that four evaluations earlier, from epoch 10 on; the
+    earlier epoch is returned. A ratio to a mean that is not positive means nothing, so there is no collapse then.
+    """
+    epochs, values = list(curvatures), list(curvatures.values())
+    if len(epochs) < WINDOW + LAG or epochs[-1] < FIRST_EPOCH:
+        return None
+    before, now = np.mean(values[-WINDOW - LAG:-LAG]), np.mean(values[-WINDOW:])
+    return epochs[-1 - LAG] if before > 0 and now > factor * before else None
 
 
 def format_mixing_weights(space: SearchSpace, name: str, table) -> str:

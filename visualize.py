@@ -227,6 +227,7 @@ class Epoch(NamedTuple):
     genotype: Genotype
     weights: dict[str, np.ndarray]       # mixing weights by kind of cell, [edges, primitives]
     space: SearchSpace
+    curvature: float | None = None       # None without an evaluation
 
 
 def read_history(path: str) -> list[Epoch]:
@@ -252,7 +253,8 @@ def read_history(path: str) -> list[Epoch]:
             if any(table.shape != shape or not np.all((table >= 0) & (table <= 1)) for table in weights.values()):
                 raise ValueError(f"alphas have to be {shape[0]} x {shape[1]} numbers from 0 to 1")
             genotype = genotypes.check(record['genotype'], space.primitives)
-            epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotype, weights, space))
+            curvature = float(record['curvature']) if 'curvature' in record else None
+            epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotype, weights, space, curvature))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines) and not text.endswith(b'\n'):
                 break                      # the search was writing this line, or was killed while it did
@@ -292,7 +294,8 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive.
 
     Rows are the states that the edges come from, columns the nodes they lead to. All panels have the same scale.
-    Each panel's label is "KIND STATE NODE", each line's label its primitive. Raises UserError without matplotlib.
+    Each panel's label is "KIND STATE NODE", each line's label its primitive. A search with evaluations of the curvature
+    has one more panel, `curvature`, below. Raises UserError without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -306,10 +309,14 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     entries = [0.5 + 0.08 * len(label) for label in (*space.primitives, uniform_label)]    # of the legend, in inches
     columns = len(entries) if sum(entries) <= width else max(1, int(width / max(entries)))
     rows = -(-len(entries) // columns)
-    figure = Figure(figsize=(width, 1.2 * nodes + 2.4 + 0.2 * rows), layout='constrained', dpi=144)
+    curvatures = {epoch.number: epoch.curvature for epoch in epochs if epoch.curvature is not None}
+    heights = [1.2 * nodes + 2, *[1.4] * bool(curvatures)]
+    figure = Figure(figsize=(width, sum(heights) + 0.4 + 0.2 * rows), layout='constrained', dpi=144)
+    strips = figure.add_gridspec(len(heights), len(KINDS), wspace=0.04, height_ratios=heights)
     figure.suptitle(f"mixing weights, epoch{'s' * (len(ticks) > 1)} {' to '.join(map(str, ticks))}", color=INK)
     panel = None
-    for kind, part in zip(KINDS, figure.subfigures(1, len(KINDS), wspace=0.04)):
+    for column, kind in enumerate(KINDS):
+        part = figure.add_subfigure(strips[0, column])
         part.suptitle(KINDS[kind], fontweight='bold', color=INK)
         grid = part.add_gridspec(1 + nodes, nodes)
         chosen = {(state, number // 2): operation
@@ -333,6 +340,14 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
                            title='dark frame: edge of the last genotype, thick line: its operation', title_fontsize=9)
     for handle in legend.legend_handles:
         handle.set(linewidth=2, marker='')       # the last panel's lines differ in width
+    if curvatures:
+        strip = figure.add_subfigure(strips[1, :]).subplots(subplot_kw={'label': 'curvature'})
+        strip.set_title('curvature: dominant eigenvalue of the Hessian of the validation loss', fontsize=9, color=INK)
+        strip.plot(*zip(*curvatures.items()), color=INK, linewidth=1.2, marker='o', markersize=3, clip_on=False)
+        strip.spines[:].set(color=FRAME, linewidth=1.2)
+        strip.set_xlim(panel.get_xlim())
+        strip.set_xticks(ticks, [f'epoch {ticks[0]}', *ticks[1:]])
+        strip.tick_params(length=0, labelsize=8, labelcolor=GREY)
     return figure
 
 

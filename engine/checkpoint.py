@@ -22,7 +22,8 @@ from utils import UserError
 
 # Flags that do not change what is computed: a run may be resumed with other values. Of --arch the genotype is compared.
 FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'custom_ops',
-              'deterministic', 'resume', 'arch', 'pretrained', 'eval_only', 'visualdl', 'stop_at_skips'}
+              'deterministic', 'resume', 'arch', 'pretrained', 'eval_only', 'visualdl', 'stop_at_skips',
+              'curvature_freq', 'stop_at_curvature'}
 KEPT_CHECKPOINTS = 2
 METADATA = 'about'                 # the entry of an .npz that holds the metadata, named so since version 0.1
 
