@@ -182,7 +182,8 @@ class Search:
         if permitted:
             last = found[permitted[-1]]
             self.run.write('genotype.json', genotypes.dumps(last) + '\n')
-            result = f"{path} is the genotype of epoch {permitted[-1]}, which has {genotypes.skip_connects(last)}"
+            result = (f"{path} is the genotype of epoch {permitted[-1]}, which has {genotypes.skip_connects(last)} "
+                      "skip_connect")
         else:
             # The file exists when the run was resumed with a lower limit; history.jsonl keeps all genotypes.
             with contextlib.suppress(FileNotFoundError):

@@ -278,6 +278,26 @@ def test_the_chart_has_the_values_of_alpha(tmp_path, monkeypatch, run, epochs, s
                 assert image.getpixel((int(x), image.height - int(y))) == getrgb(visualize.COLOURS[operation])
 
 
+def test_the_chart_has_the_curvature_below_the_panels(tmp_path):
+    path, values = tmp_path / 'history.jsonl', {2: 0.1, 4: -0.3, 6: 0.2}
+    lines = [json.loads(line) for line in history_lines(np.zeros((6, 2, 2, 2)), OTHER_SPACES[0])]
+    for epoch, value in values.items():
+        lines[epoch - 1]['curvature'] = value
+    for count in (1, 6):                                                 # the first epoch has no evaluation
+        path.write_text(''.join(json.dumps(line) + '\n' for line in lines[:count]))
+        figure = visualize.draw_alphas(visualize.read_history(str(path)))
+        assert [axes.get_label() == 'curvature' for axes in figure.axes] == [False] * 4 + [True] * (count == 6)
+    *panels, strip = figure.axes
+    assert [dict(zip(*line.get_data())) for line in strip.lines] == [values]
+    figure.draw_without_rendering()
+    box = strip.get_tightbbox()
+    assert strip.get_window_extent().height > 0.5 * figure.dpi and strip.get_xlim() == panels[0].get_xlim()
+    assert figure.legends[0].get_window_extent().y1 < box.y0 and box.y1 < min(p.get_tightbbox().y0 for p in panels)
+    path.write_text(json.dumps(dict(lines[0], curvature='x')) + '\n')
+    with pytest.raises(utils.UserError, match='line 1 is not an epoch of a search'):
+        visualize.read_history(str(path))
+
+
 def test_a_last_line_cut_off_is_left_out(tmp_path):
     path, lines = tmp_path / 'history.jsonl', history_lines(TABLES[:3])
     for cut in (1, len(lines[2]) // 2, len(lines[2]) - 2):
