@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
+import architect
 import averaged
 import custom_reader
 import genotypes
@@ -21,7 +22,7 @@ import pictures
 import reader
 import train
 import utils
-from engine import checkpoint, device, distributed, trainer
+from engine import checkpoint, custom_ops, device, distributed, trainer
 from engine.programs import VariableStore
 from engine.workers import Workers
 from model import NetworkCIFAR
@@ -45,7 +46,7 @@ def commands(tmp_path_factory):
     pictures.make_imagenet(imagenet, train=8, valid=5)
     data = ['--dataset', 'fashion_mnist_sample', '--data', sample, '--init_channels', '2', '--batch_size', 6, *SMALL]
     return {
-        'train_search.py': ['train_search.py', *data],
+        'train_search.py': ['train_search.py', *data, '--curvature_freq', '2'],
         'train.py': ['train.py', *data, '--save_freq', '5'],
         'train_imagenet.py': ['train_imagenet.py', '--data_dir', imagenet, '--class_num', '3', '--batch_size', '8',
                               '--init_channels', '4', '--learning_rate', '0.005', '--drop_path_prob', '0.1',
@@ -138,6 +139,33 @@ def test_gradient_and_validation_of_the_search_are_the_means_of_both_shards(reco
     assert len(results) == 20
     for name, value in zip(('loss', 'top1', 'top5'), np.mean(results, axis=0)):
         assert history(folder)[-1][f'valid_{name}'] == pytest.approx(value, rel=1e-4), name
+
+
+def test_the_curvature_is_that_of_the_mean_loss_of_both_shards(recorded, commands, compiled, monkeypatch):
+    folder, (states, _), _ = recorded('train_search.py')
+    data = reader.load('fashion_mnist_sample', str(commands['train_search.py'][4]))
+    _, half = reader.split(len(data.train_images), 0.5, 0)
+    custom_ops.enable(compiled)
+    supernet = Supernet(2, 10, 3)
+    custom_ops.enable(False)
+    for name in ('theta', 'alphas'):                 # of the last step
+        supernet.store.set(name, states[f'1/9/{name}'])
+    first, second = (supernet.feed(*reader.Batches(
+        data.train_images, data.train_labels, 6, data.mean, data.std, seed=0, shuffle=False, subset=half,
+        shard=(rank, 2)).batch(0, 0)) for rank in range(2))
+
+    def average(store, name):
+        gradient = store.get(name)
+        supernet.compute_alpha_gradient(second)
+        store.set(name, (gradient + store.get(name)) / 2)
+
+    search = architect.Architect(supernet, unrolled=False)
+    one_shard = search.curvature(first).value
+    monkeypatch.setattr(architect, 'average_gradients', average)
+    values = [line.get('curvature') for line in history(folder)]
+    assert values == [None, pytest.approx(search.curvature(first).value, rel=0.02)]
+    assert abs(values[1] - one_shard) > 0.1 * abs(one_shard)
+
 
 
 @pytest.mark.slow
