@@ -236,7 +236,7 @@ def test_a_rise_ends_the_search_with_the_genotype_before_it(tmp_path, search):
                 "epoch 6 (--stop_at_curvature 1.3): ") in output
         assert 'genotype.json is the genotype of epoch 6, which has 2 skip_connect' in output
     # Together with the other limit the last genotype that both permit, or none.
-    for limit, epoch, kept in ((3, 6, 2), (2, 2, 1), (1, 1, 0)):
+    for limit, epoch, kept in ((3, 6, 2), (2, 2, 1)):
         ran, output, skips = search(resume=True, stop_at_skips=limit, **flags)
         assert ran == 0 and skips == kept and f'is the genotype of epoch {epoch}, which has {kept}' in output
         assert f'has 7 skip_connect (--stop_at_skips {limit}), and when the mean curvature' in output
@@ -256,6 +256,7 @@ def test_evaluations_from_a_resume_on_are_enough(tmp_path, search):
     assert ran == 9 and skips == SKIPS[7] and 'ended with epoch 12' in output and 'genotype of epoch 8,' in output
 
 
+@pytest.mark.slow
 def test_a_damaged_number_in_the_history_matters_only_to_the_rule(tmp_path, search):
     with pytest.raises(Crash):
         search(crash_after=33, curvature_freq=1)
