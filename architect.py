@@ -33,7 +33,7 @@ import paddle
 from engine.distributed import average_gradients
 from engine.optimizers import Adam, MomentumSGD, global_norm
 from engine.programs import StaticProgram
-from model_search import Supernet, by_cell_kind
+from model_search import Supernet
 
 PERTURBATION = 0.01              # r in eps = r / ||u||
 
@@ -157,7 +157,7 @@ class Architect:
 
     def alpha_gradients(self) -> dict[str, np.ndarray]:
         """Returns d_alpha of the last step, without weight decay: as `Supernet.alphas`."""
-        return by_cell_kind(self.store.get(self.gradient_name))
+        return self.supernet.architecture.named(self.store.get(self.gradient_name))
 
     def _build_virtual_step(self) -> list:
         """Saves w, then theta <- w - xi (mu v + g + lambda w)."""

@@ -75,6 +75,20 @@ class SearchSpace:
         """'state to node' of every edge, nodes numbered as states."""
         return [f'{state} to {2 + node}' for node in range(self.nodes) for state in range(2 + node)]
 
+    @property
+    def node_names(self) -> list[str]:
+        """'node N' of every node, numbered as a state."""
+        return [f'node {2 + node}' for node in range(self.nodes)]
+
+    @property
+    def state_names(self) -> list[str]:
+        """'state N' of every state that has edges."""
+        return [f'state {state}' for state in range(1 + self.nodes)]
+
+    def by_node(self, values: np.ndarray) -> list[list[float]]:
+        """Returns values [edges] as one list per node, with the value of its edge from each state before it."""
+        return [values[first:first + 2 + node].tolist() for node, first in enumerate(self.first_edges)]
+
     def check_recorded(self, path: str, recorded: SearchSpace) -> None:
         """Raises UserError unless `recorded`, the space of the file `path`, is this space."""
         if recorded != self:
@@ -142,6 +156,18 @@ DARTS_PADDLE = _genotype(                            # found by the PaddlePaddle
     'skip_connect 0 sep_conv_3x3 1',
     'skip_connect 1 max_pool_3x3 0  max_pool_3x3 1 skip_connect 2  skip_connect 2 dil_conv_5x5 3 '
     'skip_connect 2 max_pool_3x3 1')
+
+PC_DARTS_CIFAR = _genotype(                          # arXiv 1907.05737, searched on CIFAR-10
+    'sep_conv_3x3 1 skip_connect 0  sep_conv_3x3 0 dil_conv_3x3 1  sep_conv_5x5 0 sep_conv_3x3 1 '
+    'avg_pool_3x3 0 dil_conv_3x3 1',
+    'sep_conv_5x5 1 max_pool_3x3 0  sep_conv_5x5 1 sep_conv_5x5 2  sep_conv_3x3 0 sep_conv_3x3 3 '
+    'sep_conv_3x3 1 sep_conv_3x3 2')
+
+PC_DARTS_IMAGENET = _genotype(                       # the same, searched on ImageNet
+    'skip_connect 1 sep_conv_3x3 0  sep_conv_3x3 0 skip_connect 1  sep_conv_3x3 1 sep_conv_3x3 3 '
+    'sep_conv_3x3 1 dil_conv_5x5 4',
+    'sep_conv_3x3 0 skip_connect 1  dil_conv_5x5 2 max_pool_3x3 1  sep_conv_3x3 2 sep_conv_3x3 1 '
+    'sep_conv_5x5 0 sep_conv_3x3 3')
 
 FASHION_MNIST_0 = _genotype(                         # found by scripts/bench/compare_genotypes.py, seed 0
     'sep_conv_3x3 1 sep_conv_5x5 0  avg_pool_3x3 1 sep_conv_3x3 0  sep_conv_5x5 3 avg_pool_3x3 0 '
@@ -343,6 +369,17 @@ def entropy(weights: np.ndarray) -> float:
 def skip_connects(genotype: Genotype) -> int:
     """Returns the number of skip_connect in the normal cell, towards which searches drift."""
     return sum(operation == 'skip_connect' for operation, _ in genotype.normal)
+
+
+def draw(space: SearchSpace, seed: int) -> Genotype:
+    """Draws a genotype uniformly from the search space: two different states per node, any operation except none."""
+    rng, operations = np.random.default_rng(seed), [name for name in space.primitives if name != NONE]
+
+    def cell():
+        return tuple((str(rng.choice(operations)), int(state))
+                     for node in range(space.nodes) for state in sorted(rng.choice(2 + node, 2, replace=False)))
+    concat = tuple(range(2, 2 + space.nodes))
+    return Genotype(cell(), concat, cell(), concat)
 
 
 def derive(space: SearchSpace, normal: np.ndarray, reduce: np.ndarray) -> Genotype:

@@ -23,10 +23,20 @@ The same function, batched, in a fraction of the operators:
     a pool per edge                               | one per state: pools have no weights
     a weighted sum over pools and skip_connect    | one 1x1 convolution whose kernel is softmax(alpha)
 
-The supernet is a pure function (theta, alphas, images, labels) -> loss, top-1, top-5, gradients; alphas is
-[2, edges, primitives] for both kinds of cell. The space is data: genotypes.SearchSpace names the primitives, and
-operations.OPERATIONS defines them. On the CPU a compiled operator computes a cell, where it is available
-(engine/custom_ops). tests/test_model_search.py compares both ways with the edge-by-edge reference.
+With partial channels (PC-DARTS, arXiv 1907.05737) only the first C / K channels of a state pass the mixed operation:
+
+    operated, rest = state[:, :C // K], state[:, C // K:]           # with stride 2 the rest is max-pooled 2x2
+    edge = shuffle(concat(mixed operation(operated), rest))         # K groups of channels, interleaved
+    node = sum(softmax(beta)[edge] * edge for its edges)            # a softmax over the edges of each node
+
+The shuffle is linear, so the edges of a group of states are summed first, with softmax(alpha) * softmax(beta) as
+mixing weights and softmax(beta) as weights of the rest, and shuffled once.
+
+The supernet is a pure function (theta, alphas, images, labels) -> loss, top-1, top-5, gradients; alphas is the vector
+of all architecture parameters: alpha, [edges, primitives] per kind of cell, and beta, [edges], with partial channels.
+The space is data: genotypes.SearchSpace names the primitives, and operations.OPERATIONS defines them. On the CPU a
+compiled operator computes a cell, where it is available (engine/custom_ops). tests/test_model_search.py compares both
+ways with the edge-by-edge reference.
 """
 from __future__ import annotations
 
@@ -41,90 +51,75 @@ import paddle.nn.functional as F
 
 from engine import custom_ops
 from engine.network import Evaluation, FlatNetwork
-from engine.parameters import FlatParameters, ParameterGroup, check_finite, split
+from engine.parameters import ArrangedTable, FlatParameters
 from engine.programs import StaticProgram
 from genotypes import DARTS_SPACE, Genotype, SearchSpace, derive
 from operations import (BN_EPSILON, OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, States, batch_norm,
                         check_known, conv, linear, mean_of_planes, not_compiled)
 from utils import UserError
 
-CELL_KINDS = ('normal', 'reduce')           # the first axis of alphas
+CELL_KINDS = 'normal', 'reduce'
 
 Gradients = namedtuple('Gradients', 'loss top1 top5 weights alphas')
 
 
 def mixing_weights(alphas):
-    """Returns the mixing weights of the operations on each edge, in the program under construction.
-
-    alphas: logits [..., primitives]. The supernet, the derivation of the genotype and the log use this function alone.
+    """Returns the mixing weights of logits [..., n], in the program under construction: of the n operations on an edge,
+    or of the n edges of a node. The supernet, the derivation of the genotype and the log use this function alone.
     """
     return F.softmax(alphas, axis=-1)
+
+
+class ArchitectureParameters(FlatParameters):
+    """The layout of the vector of architecture parameters: alphas_{normal,reduce} [edges, primitives] and, with
+    partial channels, betas_{normal,reduce} [edges].
+    """
+
+    def __init__(self, space: SearchSpace, partial_channels: int):
+        super().__init__()
+        self.space, self.betas = space, None
+        self.alphas = self.declare([f'alphas_{kind}' for kind in CELL_KINDS], [space.edges, len(space.primitives)])
+        if partial_channels > 1:
+            self.betas = self.declare([f'betas_{kind}' for kind in CELL_KINDS], [space.edges])
+        self.assign_offsets()
+
+    def weights(self, vector) -> list:
+        """Returns the weights of the operations on each edge, [2 * edges, primitives] for both kinds of cell, and with
+        partial channels those of the edges, [2 * edges, 1], in the program under construction.
+        """
+        self.unpack(vector)
+        weights = [mixing_weights(self.alphas.tensor)]
+        if self.betas:
+            by_node = paddle.split(paddle.reshape(self.betas.tensor, [len(CELL_KINDS), -1]),
+                                   [2 + node for node in range(self.space.nodes)], axis=1)
+            edges = paddle.concat([mixing_weights(betas) for betas in by_node], axis=1)
+            weights.append(paddle.reshape(edges, [-1, 1]))
+        return weights
+
+    def tables(self, vector) -> list:
+        """Returns the mixing weights of each kind of cell [edges, primitives], with partial channels multiplied by the
+        weights of the edges, which are one more column then.
+        """
+        table, *edges = self.weights(vector)
+        if edges:
+            table = paddle.concat([table * edges[0], edges[0]], axis=1)
+        return paddle.split(table, len(CELL_KINDS), axis=0)
 
 
 def add_up(summands: list):
     return paddle.add_n(summands) if len(summands) > 1 else summands[0]
 
 
-class MixingWeights:
-    """The mixing weights of one kind of cell, arranged for the operations of `MixedOps`.
-
-    The cells of a kind share them. An arrangement takes every entry of the table once, so it is the product with a
-    permutation matrix, `permutation`. The gradient of a gather would add atomically on GPUs, in a different order, and
-    so with a different rounding, in every run.
-    """
-
-    def __init__(self, space: SearchSpace):
-        self.shape = space.edges, len(space.primitives)
-        self._scales: dict[tuple, int] = {}        # {entries (edge, primitive): number}
-        self._kernels: dict[tuple, ParameterGroup] = {}
-
-    def add_scales(self, entries: list[tuple]) -> int:
-        """Declares entries (edge, primitive) as scales of channels; returns the position of the group in `scales`."""
-        return self._scales.setdefault(tuple(entries), len(self._scales))
-
-    def add_kernel(self, nodes: int, entries: list[tuple]) -> ParameterGroup:
-        """Declares entries (edge, primitive) as a 1x1 kernel of [nodes] outputs."""
-        kernel = ParameterGroup(1, [nodes, len(entries) // nodes, 1, 1])
-        return self._kernels.setdefault(tuple(entries), kernel)
-
-    @property
-    def permutation(self) -> np.ndarray:
-        """The matrix [entries in use, edges * primitives] of zeros and ones: scales first, then kernels."""
-        entries = [entry for group in (*self._scales, *self._kernels) for entry in group]
-        return np.eye(math.prod(self.shape))[[edge * self.shape[1] + k for edge, k in entries]]
-
-    def unpack(self, table, permutation) -> None:
-        """Gives the kernels their tensors, and `scales` its content, in the program under construction.
-
-        table: mixing weights [edges, primitives]; permutation: a variable with the matrix of that name.
-        """
-        arranged = paddle.matmul(permutation, paddle.reshape(table, [-1, 1]))
-        counts = [sum(map(len, self._scales)), *map(len, self._kernels)]
-        pieces = iter(split(arranged, [count for count in counts if count]))
-        self._column = next(pieces) if self._scales else None        # [scales, 1]
-        for kernel in self._kernels.values():
-            kernel.tensor, kernel.positions = paddle.reshape(next(pieces), kernel.shape), 0
-        self._by_channels = {}
-
-    def scales(self, channels: int) -> list:
-        """Returns all groups of scales for a cell, each scale repeated `channels` times: [entries * channels]."""
-        if not self._scales:
-            return []
-        if channels not in self._by_channels:
-            rows = paddle.expand(self._column, [self._column.shape[0], channels])
-            self._by_channels[channels] = paddle.reshape(rows, [-1])
-        return split(self._by_channels[channels], [len(entries) * channels for entries in self._scales])
-
-
 class MixedOps:
     """The mixed operations on all edges that leave a group of states.
 
     An edge is sum_k w_k op_k(state) with the mixing weights w. The edges are computed together, ordered by node, then
-    by state.
+    by state. partial_channels: K; the operations have channels / K channels.
     """
 
-    def __init__(self, layout: FlatParameters, mixing: MixingWeights, space: SearchSpace, prefix: str, states: tuple,
-                 channels: int, reduction: bool):
+    def __init__(self, layout: FlatParameters, mixing: ArrangedTable, space: SearchSpace, prefix: str, states: tuple,
+                 channels: int, reduction: bool, partial_channels: int):
+        self.partial_channels, channels = partial_channels, channels // partial_channels
         self.states, self.channels = len(states), channels
         self.stride = stride = 2 if reduction and max(states) < 2 else 1
         nodes = [node for node in range(space.nodes) if 2 + node > max(states)]
@@ -151,12 +146,34 @@ class MixedOps:
             self.mix = mixing.add_kernel(len(nodes), [
                 (space.first_edges[node] + state, k)
                 for node in nodes for k in pools + identities for state in states])
+        if partial_channels > 1:
+            self.rest = mixing.add_kernel(len(nodes), [(space.first_edges[node] + state, len(space.primitives))
+                                                       for node in nodes for state in states])
 
     def __call__(self, x, scales: list):
-        """x: the states side by side [N, states * C, H, W]; scales: `MixingWeights.scales` for this cell.
+        """x: the states side by side [N, states * C, H, W]; scales: `ArrangedTable.scales` for this cell.
 
         Returns summands, each [N, nodes * C, H', W'].
         """
+        if self.partial_channels == 1:
+            return self._operate(x, scales)
+        height, width = x.shape[2:]
+        parts = paddle.split(paddle.reshape(x, [0, self.states, self.partial_channels, self.channels * height * width]),
+                             [1, self.partial_channels - 1], axis=2)
+        x, rest = (paddle.reshape(part, [0, self.states * part.shape[2] * self.channels, height, width])
+                   for part in parts)
+        if self.stride == 2:
+            rest = F.max_pool2d(rest, 2, 2)
+        height, width = height // self.stride, width // self.stride
+        rest = conv(paddle.reshape(rest, [0, self.states, rest.shape[1] // self.states * height, width]), self.rest)
+        operated = paddle.reshape(add_up(self._operate(x, scales)), [0, self.nodes, self.channels * height, width])
+        x = paddle.reshape(paddle.concat([operated, rest], axis=2),
+                           [0, self.nodes, self.partial_channels, self.channels, height * width])
+        x = paddle.transpose(x, [0, 1, 3, 2, 4])
+        return [paddle.reshape(x, [0, self.nodes * self.partial_channels * self.channels, height, width])]
+
+    def _operate(self, x, scales: list):
+        """Returns the sums over the operations and the states, as summands, of the channels that pass them."""
         height, width = (size // self.stride for size in x.shape[2:])
         summands = self._with_weights(States(x, self.nodes), scales)         # [N, nodes * states * C, H', W']
         if self.states > 1 and summands:
@@ -186,19 +203,21 @@ class MixedOps:
 class Cell:
     """A cell of the supernet: (s0, s1), the outputs of the two cells before, -> [N, nodes * C, H', W']."""
 
-    def __init__(self, layout: FlatParameters, mixing: MixingWeights, space: SearchSpace, prefix: str,
-                 c_prev_prev: int, c_prev: int, channels: int, reduction: bool, reduction_prev: bool):
+    def __init__(self, layout: FlatParameters, mixing: ArrangedTable, space: SearchSpace, prefix: str,
+                 c_prev_prev: int, c_prev: int, channels: int, reduction: bool, reduction_prev: bool,
+                 partial_channels: int):
         self.space, self.channels, self.reduction, self.mixing = space, channels, reduction, mixing
+        self.partial_channels = partial_channels
         preprocess0 = FactorizedReduce if reduction_prev else ReLUConvBN
         self.preprocess0 = preprocess0(layout, [f'{prefix}.preprocess0'], c_prev_prev, channels, affine=False)
         self.preprocess1 = ReLUConvBN(layout, [f'{prefix}.preprocess1'], c_prev, channels, affine=False)
         first = len(layout.groups)
-        self.mixed = [MixedOps(layout, mixing, space, prefix, states, channels, reduction)
+        self.mixed = [MixedOps(layout, mixing, space, prefix, states, channels, reduction, partial_channels)
                       for states in space.state_groups]
         self.weights = list(layout.fused_views(first).values())      # for the compiled operator, a tensor per shape
 
     def __call__(self, s0, s1, mixing, weight_gradients: bool):
-        """mixing: mixing weights [edges, primitives] of this kind of cell for the compiled operator, or None.
+        """mixing: table of mixing weights of this kind of cell for the compiled operator, or None.
 
         weight_gradients: whether the gradients of the weights are needed.
         """
@@ -208,11 +227,12 @@ class Cell:
     def as_one_operator(self, x, mixing, weight_gradients: bool):
         """Adds the mixed operations of both input states x [N, 2 * C, H, W] as one compiled operator."""
         return custom_ops.mixed_cell(x, mixing, [view.tensor for view in self.weights], self.space.primitives,
-                                     self.space.nodes, self.reduction, weight_gradients, BN_EPSILON)
+                                     self.space.nodes, self.reduction, self.partial_channels, weight_gradients,
+                                     BN_EPSILON)
 
     def batched(self, x):
         """Adds the mixed operations of both input states x [N, 2 * C, H, W], batched by groups of states."""
-        scales = self.mixing.scales(self.channels)
+        scales = self.mixing.scales(self.channels // self.partial_channels)
         nodes, sums = [], []          # sums: contributions of the states so far to the incomplete nodes
         for mixed in self.mixed:
             x, sums = add_up(mixed(x, scales) + sums), []
@@ -228,13 +248,14 @@ class Supernet(FlatNetwork):
 
     channels: C of the first cell, even; classes: their number; layers: the number of cells, at least 3; dtype:
     'float32' or 'float64'; seed: of the initial weights and alpha; image_size: height and width, a multiple of 4;
-    space: the primitives on each edge and the number of nodes; place: the device, the CPU when None;
+    space: the primitives on each edge and the number of nodes; partial_channels: K, the operations on an edge have
+    channels / K channels (1: DARTS); place: the device, the CPU when None;
     build_programs=False builds no program, for names and shapes only; max_size: largest number of weights for which
     memory is reserved, for sizes from a file. Raises UserError for sizes that cannot be built or exceed max_size, and
     for a primitive that operations.OPERATIONS lacks.
 
-    The weights are the vector `theta` of the store, alpha is `alphas` [2, edges, primitives] (normal, reduce); `run`
-    leaves the gradients of both in `gradient` and `alpha_gradient`, on the device.
+    The weights are the vector `theta` of the store, the architecture parameters the vector `alphas` with the layout
+    `architecture`; `run` leaves the gradients of both in `gradient` and `alpha_gradient`, on the device.
 
     Batch normalisation uses the statistics of the batch, in validation too: alpha rescales the activations in every
     step, and running statistics would lag behind.
@@ -273,18 +294,24 @@ class Supernet(FlatNetwork):
     """
 
     def __init__(self, channels: int = 16, classes: int = 10, layers: int = 8, dtype: str = 'float32', seed: int = 0,
-                 image_size: int = 32, space: SearchSpace = DARTS_SPACE, place=None, build_programs: bool = True,
-                 max_size: float = math.inf):
+                 image_size: int = 32, space: SearchSpace = DARTS_SPACE, partial_channels: int = 1, place=None,
+                 build_programs: bool = True, max_size: float = math.inf):
         if layers < 3:
             raise UserError(f"layers is {layers}, but two reduction cells after the first cell need at least 3")
         if channels < 2 or channels % 2:
             raise UserError(f"init_channels is {channels}, but has to be even and positive: "
                             "the output of FactorizedReduce consists of two halves")
+        if partial_channels < 1 or channels % partial_channels:
+            raise UserError(f"partial_channels is {partial_channels}, but has to divide init_channels, {channels}: "
+                            "the operations on an edge have init_channels / partial_channels channels")
         if image_size < 4 or image_size % 4:
             raise UserError(f"images of {image_size} x {image_size} cannot be halved twice")
         check_known(space.primitives)
         super().__init__(classes, image_size, FlatParameters())
-        self.space, self.mixing = space, [MixingWeights(space) for _ in CELL_KINDS]
+        self.space, self.partial_channels = space, partial_channels
+        self.architecture = ArchitectureParameters(space, partial_channels)
+        columns = len(space.primitives) + (partial_channels > 1)
+        self.mixing = [ArrangedTable(space.edges, columns) for _ in CELL_KINDS]      # cells of a kind share one
         self.compiled = build_programs and custom_ops.enabled_for(not_compiled(space.primitives))
         c_prev_prev = c_prev = 3 * channels
         self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
@@ -295,7 +322,7 @@ class Supernet(FlatNetwork):
             if reduction:
                 channels *= 2
             self.cells.append(Cell(self.layout, self.mixing[reduction], space, f'cells.{i}', c_prev_prev, c_prev,
-                                   channels, reduction, reduction_prev))
+                                   channels, reduction, reduction_prev, partial_channels))
             c_prev_prev, c_prev, reduction_prev = c_prev, space.nodes * channels, reduction
         self.classifier = self.layout.declare(['classifier.weight'], [classes, c_prev])
         self.classifier_bias = self.layout.declare(['classifier.bias'], [classes], bound=c_prev ** -0.5)
@@ -306,9 +333,8 @@ class Supernet(FlatNetwork):
                             f"{size} weights, more than the {max_size} expected")
         rng = np.random.default_rng(seed)
         self._allocate(place, dtype, rng)
-        shape = len(CELL_KINDS), space.edges, len(space.primitives)
-        self.store.set('alphas', rng.normal(0, 1e-3, shape), saved=True)
-        self.store.set('alpha_gradient', np.zeros(shape))
+        self.store.set('alphas', rng.normal(0, 1e-3, self.architecture.size), saved=True)
+        self.store.set('alpha_gradient', np.zeros(self.architecture.size))
         if not build_programs:
             return
         if not self.compiled:
@@ -319,7 +345,8 @@ class Supernet(FlatNetwork):
         self._run_alphas = self._run             # Paddle's operators always compute all gradients
         if self.compiled:
             self._run_alphas = StaticProgram(self.store, lambda: self._build(['alphas']))
-        self._mixing_weights = StaticProgram(self.store, lambda: [mixing_weights(self.store.variable('alphas'))])
+        self._mixing_weights = StaticProgram(
+            self.store, lambda: self.architecture.weights(self.store.variable('alphas')))
 
     def _build(self, differentiated: list[str]) -> list:
         """Builds a program with the gradients of the vectors `differentiated`, which fetches nothing."""
@@ -338,17 +365,14 @@ class Supernet(FlatNetwork):
 
     def _logits(self, images, theta, alphas, weight_gradients: bool):
         self.layout.unpack(theta, fused=self.compiled)
-        weights = mixing_weights(alphas)
-        tables = paddle.split(weights, len(CELL_KINDS), axis=0)
-        if self.compiled:
-            mixing = [paddle.reshape(table, alphas.shape[1:]) for table in tables]
-        else:
-            mixing = [None, None]          # self.mixing holds it
-            for kind, arranged, table in zip(CELL_KINDS, self.mixing, tables):
-                arranged.unpack(table, self.store.variable(f'permutation_{kind}'))
+        tables = self.architecture.tables(alphas)
+        if not self.compiled:
+            for kind, mixing, table in zip(CELL_KINDS, self.mixing, tables):
+                mixing.unpack(table, self.store.variable(f'permutation_{kind}'))
+            tables = [None, None]          # self.mixing holds them
         s0 = s1 = self.stem_norm(conv(images, self.stem, padding=1))
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, mixing[cell.reduction], weight_gradients)
+            s0, s1 = s1, cell(s0, s1, tables[cell.reduction], weight_gradients)
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias)
 
     def run(self, feed: dict) -> Evaluation:
@@ -370,50 +394,46 @@ class Supernet(FlatNetwork):
         return self._metrics()
 
     def gradients(self, images: np.ndarray, labels: np.ndarray) -> Gradients:
-        """Returns loss, accuracies and the gradients by name: weights {name: array}, alphas as `alphas`."""
+        """Returns loss, accuracies and the gradients by name: weights {name: array}, and alphas as of `alphas`."""
         evaluation = self.run(self.feed(images, labels))
         return Gradients(*evaluation, self.layout.named(self.store.get('gradient')),
-                         by_cell_kind(self.store.get('alpha_gradient')))
+                         self.architecture.named(self.store.get('alpha_gradient')))
 
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
-        """Sets all weights, and both alphas if one of them is given, from {name: array}.
+        """Sets all weights, and all architecture parameters if one of them is given, from {name: array}.
 
-        Raises UserError for a weight or alpha that is missing, unknown or of a wrong shape.
+        Raises UserError for a weight or parameter that is missing, unknown or of a wrong shape.
         """
-        alphas = {name: array for name, array in weights.items() if name.startswith('alphas_')}
+        names = tuple(self.architecture.shapes)
+        alphas = {name: array for name, array in weights.items() if name.startswith(('alphas_', 'betas_'))}
         weights = {name: array for name, array in weights.items() if name not in alphas}
         self.check_complete(weights)
-        missing = [name for name in self.alphas() if alphas and name not in alphas]
+        missing = [name for name in names if alphas and name not in alphas]
         if missing:
             raise UserError(f"{missing[0]} is missing, {', '.join(alphas)} is given")
         self.set_weights(weights)
         self.set_alphas(alphas)
 
     def alphas(self) -> dict[str, np.ndarray]:
-        """Returns the logits {'alphas_normal', 'alphas_reduce': [edges, primitives]}."""
-        return by_cell_kind(self.store.get('alphas'))
+        """Returns the architecture parameters {'alphas_normal', 'alphas_reduce': [edges, primitives]}, logits, and with
+        partial channels {'betas_normal', 'betas_reduce': [edges]}.
+        """
+        return self.architecture.named(self.store.get('alphas'))
 
     def set_alphas(self, alphas: dict[str, np.ndarray]) -> None:
-        """Sets alpha of one or both kinds of cell; raises UserError for an unknown name or a wrong shape."""
-        both = self.store.get('alphas')
-        for name, array in alphas.items():
-            if name not in self.alphas():
-                raise UserError(f"unknown alpha {name!r}: there are {' and '.join(self.alphas())}")
-            check_finite(name, np.asarray(array))
-            if np.shape(array) != both.shape[1:]:
-                raise UserError(f"{name} has shape {list(np.shape(array))}, expected {list(both.shape[1:])}")
-            both[list(self.alphas()).index(name)] = array
-        self.store.set('alphas', both)
+        """Sets some or all of `alphas`; raises UserError for an unknown name or a wrong shape."""
+        for name in alphas:
+            if name not in self.architecture.shapes:
+                raise UserError(f"unknown alpha {name!r}: there are {', '.join(self.architecture.shapes)}")
+        self.store.set('alphas', self.architecture.flat(alphas, self.store.get('alphas')))
 
     def mixing_weights(self) -> dict[str, np.ndarray]:
-        """Returns the mixing weights of the current alpha: {'alphas_normal', 'alphas_reduce': [edges, primitives]}."""
-        return by_cell_kind(self._mixing_weights()[0])
+        """Returns the weights of operations and edges that the current `alphas` mean, with their names and shapes."""
+        return self.architecture.named(np.concatenate([weights.reshape(-1) for weights in self._mixing_weights()]))
 
     def genotype(self) -> Genotype:
-        """Returns the genotype of the current alpha."""
-        return derive(self.space, *self.mixing_weights().values())
-
-
-def by_cell_kind(alphas: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns {'alphas_normal', 'alphas_reduce': [edges, primitives]} of an array [2, edges, primitives]."""
-    return {f'alphas_{kind}': array for kind, array in zip(CELL_KINDS, alphas)}
+        """Returns the genotype of the current `alphas`. The weight of an edge multiplies those of its operations."""
+        weights = self.mixing_weights()
+        return derive(self.space, *(
+            weights[f'alphas_{kind}'] * weights.get(f'betas_{kind}', np.ones(self.space.edges))[:, None]
+            for kind in CELL_KINDS))

@@ -2,9 +2,11 @@
 
     python train_search.py                                         # CIFAR-10, second order
     python train_search.py --unrolled False                        # first order
+    python train_search.py --recipe pc_darts                       # PC-DARTS (arXiv 1907.05737), the authors' settings
     python train_search.py --primitives none,skip_connect,sep_conv_3x3 --nodes 3          # another search space
     python train_search.py --dataset fashion_mnist_sample --init_channels 4 --epochs 2    # small, no download
     python train_search.py --dataset folder --data my_images       # custom images, or --dataset npz for arrays
+    python train_search.py --random --seed 3                       # no search: a random genotype, for comparison
     python train_search.py --curvature_freq 1 --stop_at_curvature 1.3                     # end before a collapse
     python train_search.py --resume                                # continue after a stop or a crash
     python -m paddle.distributed.launch --gpus 0,1,2,3 train_search.py                    # four GPUs
@@ -29,13 +31,23 @@ from engine.checkpoint import Run, read_weights
 from engine.console import Progress, log
 from engine.optimizers import MomentumSGD
 from genotypes import SearchSpace
-from model_search import Supernet
+from model_search import CELL_KINDS, Supernet
 from utils import UserError
+
+
+# Settings of published methods: --recipe makes them the defaults.
+RECIPES = {
+    'darts': {},
+    'pc_darts': dict(partial_channels=4, batch_size=256, learning_rate=0.1, learning_rate_min=0.0, unrolled=False,
+                     arch_learning_rate=6e-4, arch_start_epoch=15),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = utils.Parser(description="Search a convolutional cell with DARTS.")
     add = parser.add_argument
+    add('--recipe', choices=list(RECIPES), default='darts',
+        help='settings of a published method, which other flags override (%(default)s)')
     reader.add_arguments(parser)
     utils.add_common_arguments(parser, batch_size=64, learning_rate=0.025, weight_decay=3e-4, epochs=50,
                                init_channels=16, layers=8, model_save_dir='search', report_freq=50)
@@ -48,6 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--arch_weight_decay', type=utils.number(float, 0), default=1e-3, help='L2 decay of alpha (%(default)s)')
     add('--unrolled', type=utils.boolean, default=True,
         help='second-order (True) or first-order (False) gradient of alpha (%(default)s)')
+    add('--partial_channels', type=utils.number(int, 1), default=1, metavar='K',
+        help='one K-th of the channels passes the operations of an edge, and the edges of a node have weights: '
+             'PC-DARTS; 1: DARTS (%(default)s)')
+    add('--arch_start_epoch', type=utils.number(int, 0), default=0,
+        help='number of epochs that train only the weights, before the first update of alpha (%(default)s)')
     operations.add_arguments(parser)
     add('--stop_at_skips', type=utils.number(int, 1), metavar='N',
         help='number of skip_connect in the normal cell that ends the search; genotype.json is then the last genotype '
@@ -59,9 +76,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='ratio, such as 1.3, of the mean of the last five evaluations of the curvature to that four evaluations '
              'earlier above which the search ends, from epoch 10 on; genotype.json is then the genotype of the earlier '
              'evaluation (no limit)')
+    add('--random', type=utils.boolean, default=False,
+        help='no search: write a genotype that is drawn uniformly from the search space by --seed (%(default)s)')
     add('--pretrained', type=utils.path, metavar='PATH', help='initial weights (and alpha) of a supernet, an .npz of '
         'scripts/convert_weights.py')
     args = parser.parse_args(argv)
+    for name, value in RECIPES[args.recipe].items():
+        if name not in parser.given:
+            setattr(args, name, value)
+    if args.random and args.resume:
+        parser.error("--random draws a genotype at once: there is nothing to --resume")
     if args.stop_at_skips is not None and args.stop_at_skips > 2 * args.nodes:
         parser.error(f"--stop_at_skips {args.stop_at_skips}: a cell of {args.nodes} nodes has {2 * args.nodes} edges")
     if args.stop_at_curvature is not None and args.curvature_freq is None:
@@ -73,15 +97,16 @@ class Search:
     """The search, as a task of engine.trainer.run_epochs.
 
     In every step alpha is updated first, on a train and a random validation batch, then the weights on the train batch
-    with the new alpha.
+    with the new alpha. In the first --arch_start_epoch epochs alpha is not updated.
     """
 
     def __init__(self, args: argparse.Namespace, data: reader.Dataset, run: Run, place):
         self.args, self.run = args, run
         self.space = SearchSpace(args.primitives, args.nodes)
         self.supernet = Supernet(args.init_channels, args.class_num, args.layers, seed=args.seed, place=place,
-                                 space=self.space, image_size=data.image_size)
-        self.tables = {name: (self.space.edge_names, self.space.primitives) for name in self.supernet.alphas()}
+                                 space=self.space, partial_channels=args.partial_channels, image_size=data.image_size)
+        self.tables = {name: (self.space.node_names, self.space.state_names) if name.startswith('betas') else
+                       (self.space.edge_names, self.space.primitives) for name in self.supernet.alphas()}
         self.store = self.supernet.store
         self.optimizer = MomentumSGD(self.store, args.momentum, args.weight_decay, args.grad_clip)
         self.architect = Architect(self.supernet, self.optimizer, args.arch_learning_rate, args.arch_weight_decay,
@@ -100,12 +125,13 @@ class Search:
         return utils.cosine(epoch, self.args.epochs, self.args.learning_rate, self.args.learning_rate_min)
 
     def batch(self, epoch: int, step: int) -> tuple:
-        return self.train.batch(epoch, step), self.valid.random_batch(epoch, step)
+        train = self.train.batch(epoch, step)
+        return train, self.valid.random_batch(epoch, step) if epoch >= self.args.arch_start_epoch else None
 
     def train_step(self, batch: tuple, epoch: int, step: int) -> tuple:
-        train, valid = (self.supernet.feed(*half) for half in batch)
-        lr = self.learning_rate(epoch)
-        self.architect.update(train, valid, lr)                         # steps 1 to 6: alpha
+        train, lr = self.supernet.feed(*batch[0]), self.learning_rate(epoch)
+        if batch[1]:
+            self.architect.update(train, self.supernet.feed(*batch[1]), lr)         # steps 1 to 6: alpha
         result = self.supernet.run(train)                               # 7: the weights, with the new alpha
         distributed.average_gradients(self.store, 'gradient')
         self.optimizer.step(lr)
@@ -114,20 +140,22 @@ class Search:
     def finish_epoch(self, epoch: int) -> dict:
         validation = trainer.evaluate(self.supernet, self.valid, self.args).means('valid')
         weights, genotype = self.supernet.mixing_weights(), self.supernet.genotype()
-        for name, table in weights.items():
-            log.info(format_mixing_weights(self.space, name, table))
+        tables = {name: self.space.by_node(values) if name.startswith('betas') else values.tolist()
+                  for name, values in weights.items()}
+        for name, table in tables.items():
+            log.info(format_table(name, table, *self.tables[name]))
         log.info(f"genotype = {genotype}")
         log.info(f"epoch {epoch + 1}: validation {trainer.as_text(validation, 'valid')}")
         health = {'skip_connects': genotypes.skip_connects(genotype)}
-        for name, table in weights.items():
-            health[name.replace('alphas', 'entropy')] = genotypes.entropy(table)
+        for kind in CELL_KINDS:
+            health[f'entropy_{kind}'] = genotypes.entropy(weights[f'alphas_{kind}'])
         log.info(f"epoch {epoch + 1}: {health['skip_connects']} skip_connect in the normal cell; entropy of alpha: "
                  f"normal {health['entropy_normal']:.4f}, reduce {health['entropy_reduce']:.4f} "
                  f"({math.log(len(self.space.primitives)):.4f} undecided, 0 decided)")
         health.update(self.curvature(epoch))
         if not self.too_many_skips(genotype):
             self.run.write('genotype.json', genotypes.dumps(genotype) + '\n')
-        return dict(validation, **health, **{name: table.tolist() for name, table in weights.items()},
+        return dict(validation, **health, **tables,
                     genotype=genotype._asdict(), space=self.space.as_dict())
 
     def too_many_skips(self, genotype: genotypes.Genotype) -> bool:
@@ -210,18 +238,37 @@ def epoch_before_collapse(curvatures: dict[int, float], factor: float) -> int | 
     return epochs[-1 - LAG] if before > 0 and now > factor * before else None
 
 
-def format_mixing_weights(space: SearchSpace, name: str, table) -> str:
-    """Returns mixing weights [edges, primitives] as text, one line per edge."""
-    edges = [edge.replace('to', '->') for edge in space.edge_names]
-    widths = [max(len(primitive), len('0.1250')) + 2 for primitive in space.primitives]
+def format_table(name: str, table: list, row_names: list[str], column_names: list[str]) -> str:
+    """Returns rows of mixing weights as text; rows may be shorter than there are columns."""
+    row_names = ['', *(row.replace('to', '->') for row in row_names)]
+    widths = [max(len(column), len('0.1250')) + 2 for column in column_names]
     lines = [f"mixing weights of {name}"]
-    for edge, row in zip(['edge', *edges], [space.primitives, *([f'{weight:.4f}' for weight in row] for row in table)]):
-        lines.append(edge.ljust(max(map(len, edges))) + ''.join(map(str.rjust, row, widths)))
+    for row_name, row in zip(row_names, [column_names, *([f'{weight:.4f}' for weight in row] for row in table)]):
+        lines.append(row_name.ljust(max(map(len, row_names))) + ''.join(map(str.rjust, row, widths)))
     return '\n'.join(lines)
+
+
+def write_random_genotype(args: argparse.Namespace) -> None:
+    """Writes a genotype of the search space to genotype.json; raises UserError when the folder is not empty."""
+    path = os.path.join(args.model_save_dir, 'genotype.json')
+    genotype = genotypes.draw(SearchSpace(args.primitives, args.nodes), args.seed)
+    try:
+        os.makedirs(args.model_save_dir, exist_ok=True)
+        if os.listdir(args.model_save_dir):
+            raise UserError(f"--random: {args.model_save_dir} is not empty: choose another folder with "
+                            "--model_save_dir")
+        utils.write_file(path, genotypes.dumps(genotype) + '\n')
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    print(f"{genotype}\n{path}: a random genotype, seed {args.seed}; python train.py --arch {path} trains it")
 
 
 def main() -> None:
     args = parse_args()
+    if args.random:
+        if distributed.is_main:
+            write_random_genotype(args)
+        return
     place = trainer.start(args)
     pretrained = None
     if args.pretrained:

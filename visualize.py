@@ -227,6 +227,7 @@ class Epoch(NamedTuple):
     genotype: Genotype
     weights: dict[str, np.ndarray]       # mixing weights by kind of cell, [edges, primitives]
     space: SearchSpace
+    edges: dict[str, np.ndarray] = {}    # of a search with partial channels: weights of the edges by kind, [edges]
     curvature: float | None = None       # None without an evaluation
 
 
@@ -252,9 +253,16 @@ def read_history(path: str) -> list[Epoch]:
             weights = {kind: np.array(record[f'alphas_{kind}'], 'float64') for kind in KINDS}
             if any(table.shape != shape or not np.all((table >= 0) & (table <= 1)) for table in weights.values()):
                 raise ValueError(f"alphas have to be {shape[0]} x {shape[1]} numbers from 0 to 1")
+            edges = {kind: np.array(sum(record[f'betas_{kind}'], []), 'float64')
+                     for kind in KINDS if f'betas_{kind}' in record}
+            if epochs and edges.keys() != epochs[0].edges.keys():
+                raise ValueError("some lines have betas and others have none")
+            if any(values.shape != shape[:1] for values in edges.values()):
+                raise ValueError(f"betas have to be {shape[0]} numbers, a list for each of {space.nodes} nodes")
             genotype = genotypes.check(record['genotype'], space.primitives)
             curvature = float(record['curvature']) if 'curvature' in record else None
-            epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotype, weights, space, curvature))
+            epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotype, weights, space, edges,
+                                curvature))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number == len(lines) and not text.endswith(b'\n'):
                 break                      # the search was writing this line, or was killed while it did
@@ -291,7 +299,8 @@ def animate(epochs: list[Epoch]) -> bytes:
 
 
 def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
-    """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive.
+    """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive,
+    and with partial channels one for the weight of the edge.
 
     Rows are the states that the edges come from, columns the nodes they lead to. All panels have the same scale.
     Each panel's label is "KIND STATE NODE", each line's label its primitive. A search with evaluations of the curvature
@@ -306,7 +315,8 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     ticks = sorted({numbers[0], numbers[-1]})
     # Wide enough for the titles of a space with few nodes, high enough for the legend of one with many primitives.
     width, uniform_label = max(7.5, 3.1 * nodes), f'1/{len(space.primitives)}'
-    entries = [0.5 + 0.08 * len(label) for label in (*space.primitives, uniform_label)]    # of the legend, in inches
+    labels = [*space.primitives, *['weight of the edge'] * bool(epochs[0].edges), uniform_label]
+    entries = [0.5 + 0.08 * len(label) for label in labels]    # of the legend, in inches
     columns = len(entries) if sum(entries) <= width else max(1, int(width / max(entries)))
     rows = -(-len(entries) // columns)
     curvatures = {epoch.number: epoch.curvature for epoch in epochs if epoch.curvature is not None}
@@ -331,6 +341,9 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
                 width, size, zorder = (2.6, 5, 3) if primitive == chosen.get((state, node)) else (1.2, 3, 2)
                 panel.plot(numbers, values, label=primitive, color=colour_of(primitive), linewidth=width, zorder=zorder,
                            marker='o', markersize=size, markevery=[-1], clip_on=False)
+            if epochs[0].edges:
+                panel.plot(numbers, [epoch.edges[kind][edge] for epoch in epochs], label='weight of the edge',
+                           color=INK, linestyle='--', linewidth=1.2)
             panel.axhline(uniform, color=GREY, linestyle=':', linewidth=1, label=uniform_label)
             panel.set_xticks(ticks, [f'epoch {ticks[0]}', *ticks[1:]])
             panel.tick_params(length=0, labelsize=8, labelcolor=GREY, labelleft=node == max(0, state - 1),

@@ -23,7 +23,9 @@ from utils import UserError
 # Flags that do not change what is computed: a run may be resumed with other values. Of --arch the genotype is compared.
 FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 'num_workers', 'use_gpu', 'custom_ops',
               'deterministic', 'resume', 'arch', 'pretrained', 'eval_only', 'visualdl', 'stop_at_skips',
-              'curvature_freq', 'stop_at_curvature'}
+              'curvature_freq', 'stop_at_curvature', 'recipe', 'random'}
+# Flags that older checkpoints of this version lack, with the value that they stand for.
+ADDED_FLAGS = {'partial_channels': 1, 'arch_start_epoch': 0}
 KEPT_CHECKPOINTS = 2
 METADATA = 'about'                 # the entry of an .npz that holds the metadata, named so since version 0.1
 
@@ -151,10 +153,11 @@ class Run:
                 damaged.append(name)
                 continue
             longer = self._check_settings(name, metadata['settings'])
-            shapes, expected = ({name: array.shape for name, array in arrays.items()}
-                                for arrays in (state, task.store.state()))
-            if shapes != expected:
-                raise UserError(f"{self.path(name)} does not fit this network: it holds {shapes}, expected {expected}")
+            # Not their shapes: the vector of architecture parameters was [2, edges, primitives] once.
+            sizes, expected = ({name: array.size for name, array in arrays.items()}
+                               for arrays in (state, task.store.state()))
+            if sizes != expected:
+                raise UserError(f"{self.path(name)} does not fit this network: it holds {sizes}, expected {expected}")
             task.store.load_state(state)
             self.last_checkpoint = self.path(name)
             self._cut_history(metadata['epoch'])
@@ -176,6 +179,7 @@ class Run:
 
         Returns a phrase about the additional epochs, or None.
         """
+        saved = {**{key: value for key, value in ADDED_FLAGS.items() if key in self.settings}, **saved}
         before, now = saved.get('epochs'), self.settings.get('epochs')
         longer = type(before) is int and type(now) is int and before < now
         differing = [f"{key} {_as_text(saved.get(key))} there, {_as_text(self.settings.get(key))} now"

@@ -113,6 +113,56 @@ def _concat(pieces: list):
     return paddle.concat(pieces, axis=0) if len(pieces) > 1 else pieces[0]
 
 
+class ArrangedTable:
+    """The entries (row, column) of a table, arranged as scales of channels and as 1x1 kernels.
+
+    An arrangement takes every entry once, so it is the product with a permutation matrix, `permutation`. The gradient
+    of a gather would add atomically on GPUs, in a different order, and so with a different rounding, in every run.
+    """
+
+    def __init__(self, rows: int, columns: int):
+        self.shape = rows, columns
+        self._scales: dict[tuple, int] = {}        # {entries (row, column): number}
+        self._kernels: dict[tuple, ParameterGroup] = {}
+
+    def add_scales(self, entries: list[tuple]) -> int:
+        """Declares entries (row, column) as scales of channels; returns the position of the group in `scales`."""
+        return self._scales.setdefault(tuple(entries), len(self._scales))
+
+    def add_kernel(self, nodes: int, entries: list[tuple]) -> ParameterGroup:
+        """Declares entries (row, column) as a 1x1 kernel of [nodes] outputs."""
+        kernel = ParameterGroup(1, [nodes, len(entries) // nodes, 1, 1])
+        return self._kernels.setdefault(tuple(entries), kernel)
+
+    @property
+    def permutation(self) -> np.ndarray:
+        """The matrix [entries in use, rows * columns] of zeros and ones: scales first, then kernels."""
+        entries = [entry for group in (*self._scales, *self._kernels) for entry in group]
+        return np.eye(math.prod(self.shape))[[row * self.shape[1] + column for row, column in entries]]
+
+    def unpack(self, table, permutation) -> None:
+        """Gives the kernels their tensors, and `scales` its content, in the program under construction.
+
+        table: a variable [rows, columns]; permutation: a variable with the matrix of that name.
+        """
+        arranged = paddle.matmul(permutation, paddle.reshape(table, [-1, 1]))
+        counts = [sum(map(len, self._scales)), *map(len, self._kernels)]
+        pieces = iter(split(arranged, [count for count in counts if count]))
+        self._column = next(pieces) if self._scales else None        # [scales, 1]
+        for kernel in self._kernels.values():
+            kernel.tensor, kernel.positions = paddle.reshape(next(pieces), kernel.shape), 0
+        self._by_channels = {}
+
+    def scales(self, channels: int) -> list:
+        """Returns all groups of scales, each scale repeated `channels` times: [entries * channels]."""
+        if not self._scales:
+            return []
+        if channels not in self._by_channels:
+            rows = paddle.expand(self._column, [self._column.shape[0], channels])
+            self._by_channels[channels] = paddle.reshape(rows, [-1])
+        return split(self._by_channels[channels], [len(entries) * channels for entries in self._scales])
+
+
 class FlatParameters(FlatBuffer):
     """The named parameters of a network as slices of one vector theta.
 

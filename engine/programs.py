@@ -32,15 +32,17 @@ class VariableStore:
         self._numbers: dict[str, float] = {}       # as `set_number` wrote them
 
     def set(self, name: str, array, saved: bool = False) -> None:
-        """Writes a numpy array to the vector `name`, and creates the vector at the first call.
-
-        saved: whether the vector belongs to `state`, and so to every checkpoint.
+        """Writes a numpy array to the vector `name`, and creates the vector, with the shape of the array, at the first
+        call. saved: whether the vector belongs to `state`, and so to every checkpoint.
         """
-        if name not in self.names:
+        array = np.ascontiguousarray(array, self.dtype)
+        if name in self.names:
+            array = array.reshape(self.scope.find_var(name).get_tensor().shape())
+        else:
             self.names.append(name)
         if saved and name not in self._saved:
             self._saved.append(name)
-        self.scope.var(name).get_tensor().set(np.ascontiguousarray(array, self.dtype), self.place)
+        self.scope.var(name).get_tensor().set(array, self.place)
         self._numbers.pop(name, None)
 
     def set_number(self, name: str, value: float) -> None:

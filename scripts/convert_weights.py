@@ -66,7 +66,7 @@ def check_discrete(genotype: genotypes.Genotype, weights: dict[str, np.ndarray])
 
 
 def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SPACE) -> dict[str, np.ndarray]:
-    """Returns the weights of a supernet, and both alphas if given; raises UserError when they do not fit.
+    """Returns the weights of a supernet, and its alphas if given; raises UserError when they do not fit.
 
     Running statistics are dropped, because the supernet always normalises by the statistics of the batch.
     """
@@ -74,9 +74,9 @@ def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SP
     for name, dimensions in (('stem.0.weight', 4), ('classifier.weight', 2)):
         if np.ndim(weights.get(name)) != dimensions:
             raise UserError(f"weight {name!r} is missing or does not have {dimensions} dimensions")
-    channels, classes, layers = _sizes_of_supernet(weights).values()
+    channels, classes, layers, partial_channels = _sizes_of_supernet(weights).values()
     # Shapes without numbers must not reserve memory; twice the size, so that a weight that is missing is named below.
-    supernet = Supernet(channels, classes, layers, space=space, build_programs=False,
+    supernet = Supernet(channels, classes, layers, space=space, partial_channels=partial_channels, build_programs=False,
                         max_size=2 * sum(map(np.size, weights.values())))
     supernet.load_weights(weights)
     return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
@@ -84,8 +84,13 @@ def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SP
 
 def _sizes_of_supernet(weights: dict[str, np.ndarray]) -> dict:
     """Returns the sizes of a supernet, as its file of weights records them."""
-    return {'init_channels': len(weights['stem.0.weight']) // 3, 'class_num': len(weights['classifier.weight']),
-            'layers': len({name.split('.')[1] for name in weights if name.startswith('cells.')})}
+    channels = len(weights['stem.0.weight']) // 3
+    # The first cell is normal, and `op.1` of all its edges a depthwise convolution.
+    operated = [len(array) for name, array in weights.items()
+                if name.startswith('cells.0._ops.') and name.endswith('.op.1.weight') and np.ndim(array)]
+    return {'init_channels': channels, 'class_num': len(weights['classifier.weight']),
+            'layers': len({name.split('.')[1] for name in weights if name.startswith('cells.')}),
+            'partial_channels': channels // operated[0] if operated and 0 < operated[0] <= channels else 1}
 
 
 def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]:
@@ -108,10 +113,11 @@ def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]
         # has at least C^2 weights.
         if layers * channels ** 2 + classes * channels > arrays['theta'].size:
             raise ValueError("its settings are those of a larger supernet")
-        if arrays['alphas'].shape != (2, space.edges, len(space.primitives)):
+        partial_channels = settings.get('partial_channels', 1)
+        if arrays['alphas'].size != 2 * space.edges * (len(space.primitives) + (partial_channels > 1)):
             raise ValueError(f"alphas has shape {list(arrays['alphas'].shape)}")
-        supernet = Supernet(channels, classes, layers, space=space, build_programs=False,
-                            max_size=arrays['theta'].size)
+        supernet = Supernet(channels, classes, layers, space=space, partial_channels=partial_channels,
+                            build_programs=False, max_size=arrays['theta'].size)
         if arrays['theta'].shape != (supernet.size,):
             raise ValueError(f"theta has shape {list(arrays['theta'].shape)}")
         supernet.store.set('theta', arrays['theta'])

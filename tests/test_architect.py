@@ -16,8 +16,8 @@ XI, MU, LAMBDA, CLIP = 0.2, 0.9, 3e-2, 5.0
 
 
 @functools.cache
-def shared_supernet(compiled, dtype, space):
-    return Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8, space=space)
+def shared_supernet(compiled, dtype, space, partial):
+    return Supernet(2, classes=5, layers=3, dtype=dtype, image_size=8, space=space, partial_channels=partial)
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def make(operators):
 
     Weights are the initial ones; alpha and velocity are random.
     """
-    def make(rng, unrolled=True, dtype='float64', grad_clip=CLIP, space=DARTS_SPACE):
-        supernet = shared_supernet(custom_ops.enabled(), dtype, space)
+    def make(rng, unrolled=True, dtype='float64', grad_clip=CLIP, space=DARTS_SPACE, partial=1):
+        supernet = shared_supernet(custom_ops.enabled(), dtype, space, partial)
         store = supernet.store
         store.set('theta', supernet.layout.initial(np.random.default_rng(0), dtype))
         supernet.set_alphas({name: rng.normal(0, 0.5, array.shape) for name, array in supernet.alphas().items()})
@@ -41,9 +41,9 @@ def batch(rng, size=6):
     return rng.normal(size=(size, 3, 8, 8)), rng.integers(0, 5, (size, 1))
 
 
-def stacked(alpha_gradients):
-    """Returns {'alphas_normal', 'alphas_reduce': [edges, primitives]} as one array."""
-    return np.stack(list(alpha_gradients.values()))
+def flat(alpha_gradients):
+    """Returns gradients by name as one vector, in the order of the vector `alphas`."""
+    return np.concatenate([gradient.reshape(-1) for gradient in alpha_gradients.values()])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -78,13 +78,16 @@ class UnrolledLoss:
 
 
 # Single entries of alpha in addition to random directions. Paddle's operators take ten times as long.
-@pytest.mark.parametrize('operators, random_directions, entries', [
-    pytest.param(False, 1, 1, id='paddle_ops'), pytest.param(True, 2, 4, id='custom_ops'),
-    pytest.param(False, 2, 4, id='paddle_ops-all', marks=pytest.mark.slow)], indirect=['operators'])
-def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monkeypatch, random_directions, entries):
+@pytest.mark.parametrize('operators, random_directions, entries, partial', [
+    pytest.param(False, 1, 1, 1, id='paddle_ops'), pytest.param(True, 2, 4, 1, id='custom_ops'),
+    pytest.param(False, 2, 4, 1, id='paddle_ops-all', marks=pytest.mark.slow),
+    pytest.param(True, 2, 4, 2, id='custom_ops-partial_channels'),
+    pytest.param(False, 2, 1, 2, id='paddle_ops-partial_channels', marks=pytest.mark.slow)], indirect=['operators'])
+def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monkeypatch, random_directions, entries,
+                                                                      partial):
     monkeypatch.setattr(architect_module, 'PERTURBATION', 1e-5)      # as small as the step of the numeric derivative
     rng = np.random.default_rng(3)
-    supernet, optimizer, second = make(rng)
+    supernet, optimizer, second = make(rng, partial=partial)
     train, valid = batch(rng), batch(rng)
     store, alphas = supernet.store, supernet.store.get('alphas')
     directions = [rng.normal(size=alphas.shape) for _ in range(random_directions)]
@@ -101,7 +104,7 @@ def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monk
         store.set('alphas', alphas)
         architect.step(train, valid, lr=XI)
         store.set('alphas', alphas)
-        return along_directions(stacked(architect.alpha_gradients()))
+        return along_directions(flat(architect.alpha_gradients()))
 
     second_order = found(second)
     error = np.abs(second_order - expected).max()
@@ -112,7 +115,7 @@ def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monk
     # The term -xi h alone: the gradient at w' is subtracted from both sides, so that it cannot hide an error in h.
     supernet.run(unrolled.train)
     store.set('theta', unrolled.virtual_weights(store.get('gradient')))
-    outer = along_directions(stacked(supernet.gradients(*valid).alphas))
+    outer = along_directions(flat(supernet.gradients(*valid).alphas))
     store.set('theta', unrolled.w)
     assert np.abs(second_order - expected).max() < 1e-5 * np.abs(expected - outer).max()
 
@@ -120,18 +123,19 @@ def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monk
 # ---------------------------------------------------------------------------------------------------
 # The steps in numpy
 
-@pytest.mark.parametrize('space', [DARTS_SPACE, SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3)],
-                         ids=['darts', '3_nodes'])
-def test_the_steps_of_the_paper_on_the_reference_network(make, space):
+@pytest.mark.parametrize('space, partial', [
+    (DARTS_SPACE, 1), (SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3), 1), (DARTS_SPACE, 2)],
+    ids=['darts', '3_nodes', 'partial_channels'])
+def test_the_steps_of_the_paper_on_the_reference_network(make, space, partial):
     """Steps 1 to 6 for weights by name, with the r of the paper."""
     rng = np.random.default_rng(6)
-    supernet, _, architect = make(rng, space=space)
+    supernet, _, architect = make(rng, space=space, partial=partial)
     train, valid = batch(rng), batch(rng)
     w, alphas, v = supernet.weights(), supernet.alphas(), supernet.layout.named(supernet.store.get('velocity'))
 
     def gradients(weights, images):
         return reference.gradients(weights, alphas, *images, channels=2, layers=3, primitives=space.primitives,
-                                   nodes=space.nodes)[2:]
+                                   nodes=space.nodes, partial=partial)[2:]
 
     g, _ = gradients(w, train)
     u, outer = gradients({n: w[n] - XI * (MU * v[n] + g[n] + LAMBDA * w[n]) for n in w}, valid)
@@ -165,7 +169,7 @@ def test_alpha_takes_an_adam_step_with_l2_decay(make, unrolled):
     m, s = np.zeros_like(alpha), np.zeros_like(alpha)
     for t in range(1, 4):
         architect.step(batch(rng), batch(rng), lr=XI)
-        gradient = stacked(architect.alpha_gradients()) + 1e-3 * alpha
+        gradient = flat(architect.alpha_gradients()) + 1e-3 * alpha
         m, s = 0.5 * m + 0.5 * gradient, 0.999 * s + 0.001 * gradient ** 2
         alpha = alpha - 3e-4 * (m / (1 - 0.5 ** t)) / (np.sqrt(s / (1 - 0.999 ** t)) + 1e-8)
         np.testing.assert_allclose(supernet.store.get('alphas'), alpha, rtol=0, atol=1e-13)

@@ -55,14 +55,14 @@ def test_matrices_of_low_rank_and_numbers_that_are_not_finite():
 
 
 @functools.cache
-def shared_supernet(compiled, dtype):
-    return Supernet(channels=2, classes=5, layers=3, dtype=dtype, image_size=8, space=SPACE)
+def shared_supernet(compiled, dtype, partial):
+    return Supernet(2, classes=5, layers=3, dtype=dtype, image_size=8, space=SPACE, partial_channels=partial)
 
 
-def tiny(dtype, unrolled=True):
+def tiny(dtype, unrolled=True, partial=1):
     """Returns a supernet with initial weights and random alpha, its architect and a batch (images, labels)."""
     rng = np.random.default_rng(1)
-    supernet = shared_supernet(custom_ops.enabled(), dtype)
+    supernet = shared_supernet(custom_ops.enabled(), dtype, partial)
     supernet.store.set('theta', supernet.layout.initial(np.random.default_rng(0), 'float32'))
     supernet.set_alphas({name: rng.normal(0, 0.5, array.shape) for name, array in supernet.alphas().items()})
     architect = Architect(supernet, unrolled=unrolled)
@@ -70,8 +70,9 @@ def tiny(dtype, unrolled=True):
 
 
 @FASTER
-def test_curvature_is_the_dominant_eigenvalue_of_the_dense_hessian(operators, monkeypatch):
-    supernet, architect, batch = tiny('float64')
+@pytest.mark.parametrize('partial', [1, 2])
+def test_curvature_is_the_dominant_eigenvalue_of_the_dense_hessian(operators, monkeypatch, partial):
+    supernet, architect, batch = tiny('float64', partial=partial)
     store, step = supernet.store, 1e-8                 # so small that no ReLU and no max pooling changes sides
     alphas = store.get('alphas')
 

@@ -203,7 +203,7 @@ def test_of_equal_maxima_the_first_gets_the_gradient(reduction):
         inputs = [paddle.assign(mixing).astype(x.dtype), *weights]    # Paddle 2.6 assigns float32
         for variable in inputs:
             variable.stop_gradient = False
-        return custom_ops.mixed_cell(x, inputs[0], weights, primitives, nodes, reduction, True, BN_EPSILON)
+        return custom_ops.mixed_cell(x, inputs[0], weights, primitives, nodes, reduction, 1, True, BN_EPSILON)
 
     def results_of(function):
         store = VariableStore(paddle.CPUPlace(), 'float64')
@@ -235,7 +235,7 @@ def refuses(capfd):
 
 # A mixed cell of 2 nodes (5 edges) with C = 4, one with every kind of primitive.
 SPACE = dict(primitives=('skip_connect', 'sep_conv_3x3', 'dil_conv_5x5', 'none', 'max_pool_3x3'), nodes=2,
-             reduction=True, weight_gradients=True, epsilon=1e-5)
+             reduction=True, partial_channels=1, weight_gradients=True, epsilon=1e-5)
 MIXED_INPUTS = {'x': (3, 8, 6, 6), 'mixing': (5, 5), 'depthwise_3': (40, 1, 3, 3), 'depthwise_5': (20, 1, 5, 5),
                 'pointwise': (76, 4, 1, 1)}
 
@@ -280,7 +280,8 @@ def test_wrong_shapes_of_a_mixed_cell_are_errors(refuses, changes, reason):
     (dict(primitives=('skip_connect', 'conv_7x1_1x7')), 'no operation conv_7x1_1x7'),
     (dict(primitives=('none', 'none')), 'none occurs more than once'), (dict(primitives=()), 'primitives'),
     (dict(nodes=0), 'nodes'), (dict(nodes=-3), 'nodes'), (dict(nodes=3), 'mixing weights'),
-    (dict(epsilon=0.0), 'epsilon')])
+    (dict(epsilon=0.0), 'epsilon'), (dict(partial_channels=0), 'partial_channels'),
+    (dict(partial_channels=2), 'mixing weights'), (dict(partial_channels=4), 'does not divide')])
 def test_wrong_attributes_of_a_mixed_cell_are_errors(refuses, changes, reason):
     with refuses(reason):
         run_mixed_cell(MIXED_INPUTS, changes)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.paddle_free
 
 def test_published_genotypes_are_found_by_name_and_read_back(tmp_path):
     assert set(genotypes.named()) == {'NASNet', 'AmoebaNet', 'DARTS_V1', 'DARTS_V2', 'DARTS', 'DARTS_PADDLE',
-                                        'FASHION_MNIST_0', 'FASHION_MNIST_1'}
+                                        'PC_DARTS_CIFAR', 'PC_DARTS_IMAGENET', 'FASHION_MNIST_0', 'FASHION_MNIST_1'}
     path = tmp_path / 'genotype.json'
     for name, genotype in genotypes.named().items():
         path.write_text(genotypes.dumps(genotype))
@@ -231,3 +231,38 @@ def test_the_derivation_compares_weights_of_any_kind():
     weights = np.array([[0.9, 0.6, 0.5], [0.1, 0.2, 0.8]])
     assert genotypes.derive(space, weights, weights[::-1]) == genotypes.Genotype(
         (('sep_conv_3x3', 1), ('skip_connect', 0)), (2,), (('sep_conv_3x3', 0), ('skip_connect', 1)), (2,))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Random genotypes
+
+def test_random_genotypes_differ_and_are_valid():
+    drawn = [genotypes.draw(DARTS_SPACE, seed) for seed in range(20)]
+    assert len(set(drawn)) == 20 and drawn[3] == genotypes.draw(DARTS_SPACE, 3)
+    for genotype in drawn:
+        genotypes.check(genotype._asdict())
+
+
+def test_the_genotype_of_a_seed_stays():
+    """The genotypes of the README's experiment are drawn again, so a seed has to keep its genotype."""
+    def words(cell):
+        return ' '.join(f'{operation} {state}' for operation, state in cell)
+    genotype = genotypes.draw(DARTS_SPACE, 3)
+    assert words(genotype.normal) == ('avg_pool_3x3 0 avg_pool_3x3 1 sep_conv_5x5 0 max_pool_3x3 2 '
+                                      'sep_conv_5x5 0 sep_conv_3x3 1 dil_conv_3x3 0 max_pool_3x3 1')
+    assert words(genotype.reduce) == ('skip_connect 0 dil_conv_5x5 1 sep_conv_5x5 1 sep_conv_5x5 2 '
+                                      'dil_conv_5x5 0 dil_conv_3x3 2 sep_conv_5x5 1 sep_conv_5x5 4')
+
+
+@pytest.mark.parametrize('nodes', [1, 3, 5])
+def test_random_genotypes_of_another_space(nodes):
+    space = genotypes.SearchSpace(('conv_1x1', 'none', 'skip_connect'), nodes)
+    drawn = [genotypes.draw(space, seed) for seed in range(20)]
+    operations = set()
+    for genotype in drawn:
+        genotypes.check(genotype._asdict(), space.primitives)
+        for cell, concat in (genotype[:2], genotype[2:]):
+            assert len(cell) == 2 * nodes and concat == tuple(range(2, 2 + nodes))
+            assert all(cell[2 * node][1] < cell[2 * node + 1][1] for node in range(nodes))
+            operations |= {operation for operation, _ in cell}
+    assert operations == {'conv_1x1', 'skip_connect'}

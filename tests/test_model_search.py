@@ -44,7 +44,8 @@ def assert_equals_reference(supernet, weights, alphas, batch, channels, layers, 
     """Asserts that loss, accuracies and all gradients agree with the reference; returns the supernet's Gradients."""
     result = supernet.gradients(*batch)
     loss, logits, weight_gradients, alpha_gradients = reference.gradients(
-        weights, alphas, *batch, channels, layers, supernet.space.primitives, supernet.space.nodes)
+        weights, alphas, *batch, channels, layers, supernet.space.primitives, supernet.space.nodes,
+        supernet.partial_channels)
     assert abs(result.loss - loss) < tolerance
     assert result.loss == pytest.approx(supernet.evaluate(*batch).loss, abs=tolerance)
     correct = np.argsort(-logits, axis=1) == batch[1]
@@ -94,6 +95,23 @@ def test_loss_and_all_gradients_in_another_search_space(operators, name):
         supernet.store.set('alpha_gradient', np.zeros_like(expected))
         supernet.compute_alpha_gradient(supernet.feed(*batch))
         np.testing.assert_array_equal(supernet.store.get('alpha_gradient'), expected)
+
+
+# Partial channels K, channels, layers, name of the space.
+@pytest.mark.parametrize('partial, channels, layers, name', [
+    (2, 4, 4, None), (4, 8, 3, None), (4, 4, 3, '3_nodes'), (2, 6, 3, 'with_sep_conv_7x7'), (2, 2, 3, '1_node'),
+    (2, 4, 3, 's2_reversed'), (3, 6, 3, 'one_pool'), (2, 2, 3, 'only_skip_connect'), (2, 4, 3, 'one_convolution')])
+def test_partial_channels(operators, partial, channels, layers, name):
+    primitives, nodes = SPACES[name] if name else (PRIMITIVES, 4)
+    supernet = Supernet(channels, CLASSES, layers, 'float64', image_size=8, space=SearchSpace(primitives, nodes),
+                        partial_channels=partial)
+    assert supernet.compiled == custom_ops.enabled()
+    weights, alphas, batch = randomize(supernet)
+    assert list(alphas) == ['alphas_normal', 'alphas_reduce', 'betas_normal', 'betas_reduce']
+    assert supernet.shapes == reference.weight_shapes(channels, CLASSES, layers, primitives, nodes, partial)
+    result = assert_equals_reference(supernet, weights, alphas, batch, channels, layers)
+    if nodes > 1:           # of one primitive alpha has no gradient, and of one edge beta
+        assert min(np.abs(result.alphas[f'betas_{kind}']).max() for kind in ('normal', 'reduce')) > 0
 
 
 @pytest.mark.parametrize('batch_size, image_size', [(1, 4), (1, 20), (5, 12)])

@@ -78,7 +78,7 @@ def test_a_new_operation_is_searched_derived_trained_drawn_and_converted(tmp_pat
     assert json.loads((run / 'args.json').read_text())['primitives'] == list(SPACE.primitives)
     metadata, state = checkpoint.read_checkpoint(str(run / checkpoint_names(run)[-1]))
     assert [metadata['settings'][name] for name in ('primitives', 'nodes')] == [list(SPACE.primitives), 3]
-    assert state['alphas'].shape == (2, 9, 4)
+    assert state['alphas'].shape == (2 * 9 * 4,)
     line, = history(run)
     assert line['space'] == SPACE.as_dict() and np.shape(line['alphas_reduce']) == (9, 4)
     assert genotypes.load(str(run / 'genotype.json'), operations.OPERATIONS) == genotypes.check(line['genotype'])

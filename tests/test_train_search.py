@@ -1,8 +1,12 @@
-"""The search: both orders, crashes and resumes, seeds."""
+"""The search: both orders, crashes and resumes, seeds; random genotypes."""
+import os
+
 import pytest
 
+import genotypes
+from genotypes import DARTS_SPACE, SearchSpace
 from kill_and_resume import results_of
-from runs import history
+from runs import assert_one_line, history, output_of, run_in_process
 from tiny_runs import Crash, tiny_search
 
 
@@ -32,3 +36,15 @@ def test_another_seed_and_the_first_order_give_other_searches(tmp_path, uninterr
     assert lines[-1]['train_loss'] < lines[0]['train_loss'] - 0.05
     alphas = [history(folder)[0]['alphas_normal'] for folder in (uninterrupted, tmp_path / 'seed', tmp_path / 'order')]
     assert alphas[0] not in alphas[1:]
+
+
+def test_a_random_genotype_without_a_search(tmp_path):
+    folder = tmp_path / 'random'
+    flags = ['--random', '--seed', 3, '--nodes', 3, '--model_save_dir', folder]
+    output = output_of('train_search.py', *flags)
+    expected = genotypes.draw(SearchSpace(DARTS_SPACE.primitives, 3), 3)
+    assert genotypes.load(str(folder / 'genotype.json')) == expected == genotypes.parse(output)
+    assert f'python train.py --arch {folder}/genotype.json' in output and os.listdir(folder) == ['genotype.json']
+    assert_one_line(run_in_process('train_search.py', *flags), f'{folder} is not empty', '--model_save_dir')
+    assert_one_line(run_in_process('train_search.py', *flags, '--resume'), 'nothing to --resume')
+    assert_one_line(run_in_process('train_search.py', '--random', '--model_save_dir', '/dev/null/x'), 'cannot write')

@@ -87,17 +87,20 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
                           'momentum': momentum})[::3]
 
 
-def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, weight_gradients: bool, epsilon: float):
+def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, partial_channels: int,
+               weight_gradients: bool, epsilon: float):
     """Adds all mixed operations of a supernet cell as one operator; model_search.Cell.batched adds the same function.
 
-    x [N, 2 * C, H, W]: both input states; mixing [edges, primitives]: mixing weights; weights: a tensor
-    [rows, columns, k, k] for each pair (columns, k), rows in the order of README.md; primitives: names that cells.h
-    knows; weight_gradients: False leaves the gradients of the weights 0; epsilon: of the normalisations.
+    x [N, 2 * C, H, W]: both input states; mixing [edges, primitives]: mixing weights, with partial_channels > 1 one
+    more column, the weights of the edges; weights: a tensor [rows, columns, k, k] for each pair (columns, k), rows in
+    the order of README.md; primitives: names that cells.h knows; weight_gradients: False leaves the gradients of the
+    weights 0; epsilon: of the normalisations.
     Returns the nodes [N, nodes * C, H', W'].
     """
     return _add_operator('darts_mixed_cell', {'Inputs@VECTOR': [x, mixing, *weights]}, ['Out', 'Saved', 'Statistics'],
                          {'primitives': list(primitives), 'nodes': nodes, 'reduction': reduction,
-                          'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+                          'partial_channels': partial_channels, 'weight_gradients': weight_gradients,
+                          'epsilon': epsilon})[0]
 
 
 def _add_operator(operator: str, inputs: dict, outputs: list[str], attributes: dict) -> list:

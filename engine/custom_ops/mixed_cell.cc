@@ -10,7 +10,7 @@ class MixedCell {
   // inputs: x, the mixing weights, then the weights; gradients: those of all inputs, or null.
   MixedCell(const Space& space, const std::vector<Tensor>& inputs, std::vector<Tensor>* gradients, double epsilon)
       : space_(space), x_(inputs[0].data<T>()), mixing_(inputs[1].data<T>()), n_(inputs[0].shape()[0]),
-        c_(inputs[0].shape()[1] / 2), epsilon_(epsilon),
+        c_(inputs[0].shape()[1] / 2 / space.partial), state_c_(c_ * space.partial), epsilon_(epsilon),
         inputs_(Geometry::of<T>(inputs[0].shape()[2], inputs[0].shape()[3], space.reduction ? 2 : 1, space.padding, L)),
         nodes_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, space.padding, L)),
         second_(Geometry::of<T>(inputs_.out_h, inputs_.out_w, 1, space.second_padding, L)), size_(nodes_.size),
@@ -56,6 +56,7 @@ class MixedCell {
         convolve(g, 1, work);
         combine(group.second_plane, group.end_plane);
         add_edges(g, work);
+        if (space_.partial > 1) add_rest(g, work);
       }
     }
   }
@@ -67,20 +68,22 @@ class MixedCell {
     out_ = const_cast<T*>(out), saved_ = const_cast<T*>(saved), statistics_ = const_cast<T*>(statistics);
     const int64_t node_planes = space_.nodes * c_, ends = space_.edges * end_count() * c_;
     static thread_local Storage<T> nodes_storage, halves_storage;
-    gradient_ = nodes_storage.reserve(n_ * node_planes * size_);
+    gradient_ = nodes_storage.reserve(n_ * space_.nodes * state_c_ * size_);
     half_gradient_ = halves_storage.reserve(half_planes() * n_ * size_);
     sums_.resize(n_ * node_planes), dot_products_.resize(n_ * ends), half_sums_.resize(n_ * half_planes() * 2);
     node_mean_.resize(node_planes), d_mean_.resize(planes()), slope_.resize(planes());
+    rest_products_.assign(n_ * space_.edges, 0);
     PartialSums<T> partial;
 #pragma omp parallel num_threads(threads())
     {
       Workspace work(*this);
       if (weight_gradients) work.weights = partial.thread_sums(weights_size_);
 #pragma omp for schedule(static)
-      for (int64_t k = 0; k < n_ * node_planes; ++k)
-        expand_rows(out_gradient + k * nodes_.h * nodes_.w, gradient_ + k * size_);
+      for (int64_t k = 0; k < n_ * space_.nodes * state_c_; ++k)
+        expand_rows(out_gradient + k * nodes_.h * nodes_.w,
+                    gradient_ + (k / state_c_ * state_c_ + unshuffled(k % state_c_)) * size_);
       for (int g = space_.groups.size() - 1; g >= 0; --g) {
-        sum_gradients(g);
+        sum_gradients(g, work);
         combine_gradients(g, mixing_gradient);
         differentiate(g, 1, x_gradient, work);
         combine_half_gradients(g);
@@ -182,7 +185,7 @@ class MixedCell {
     for (int64_t n = 0; n < n_; ++n)
       for (int node = group.first_node; node < space_.nodes; ++node)
         for (int64_t c = 0; c < c_; ++c) {
-          T* to = out_ + ((n * space_.nodes + node) * c_ + c) * nodes_.h * nodes_.w;
+          T* to = node_plane(n, node, c);
           if (g == 0) std::fill(total, total + size_, T(0));
           else expand_rows(to, total);
           for (const Edge& edge : group.edges) {
@@ -207,13 +210,55 @@ class MixedCell {
         }
   }
 
+  // Adds the channels of a group's states that pass no operation to the nodes.
+  void add_rest(int g, Workspace& work) {
+    const int64_t plane_size = nodes_.h * nodes_.w;
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < n_; ++n)
+      for_rest(g, n, work.direct, [&](int s, int64_t c, const T* plane) {
+        for (const Edge& edge : space_.groups[g].edges) {
+          if (edge.state != s) continue;
+          T* to = node_plane(n, edge.node, c);
+          const T weight = edge_weight(edge);
+          if (s == 0) std::fill(to, to + plane_size, T(0));
+#pragma omp simd
+          for (int64_t p = 0; p < plane_size; ++p) to[p] += weight * plane[p];
+        }
+      });
+  }
+  // Calls function(state, channel, plane [nodes_.h, nodes_.w]) for these channels of one image; pooled: memory for a
+  // plane.
+  template <typename F>
+  void for_rest(int g, int64_t n, T* pooled, F function) const {
+    const Geometry& geometry = geometry_of(g);
+    const Group& group = space_.groups[g];
+    for (int s = group.first_state; s < group.first_state + group.states; ++s)
+      for (int64_t c = c_; c < state_c_; ++c) {
+        const T* plane = state_planes(n, s) + c * geometry.h * geometry.w;
+        if (geometry.stride == 2) pool_halves(plane, pooled);
+        function(s, c, geometry.stride == 2 ? pooled : plane);
+      }
+  }
+  // Maxima over 2 x 2 pixels of a plane of an input.
+  void pool_halves(const T* plane, T* to) const {
+    for (int64_t i = 0; i < nodes_.h; ++i)
+      for (int64_t j = 0; j < nodes_.w; ++j) {
+        T largest = plane[2 * i * inputs_.w + 2 * j];
+        for (int k = 1; k < 4; ++k) {
+          const T value = plane[(2 * i + k / 2) * inputs_.w + 2 * j + k % 2];
+          if (value > largest || value != value) largest = value;              // keeps a NaN
+        }
+        to[i * nodes_.w + j] = largest;
+      }
+  }
+
   // Computes, per image, the sums of the nodes' gradients d, and of d (y - mean) at the end of every operation.
-  void sum_gradients(int g) {
+  void sum_gradients(int g, Workspace& work) {
     const Group& group = space_.groups[g];
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < n_; ++n) {
       for (int64_t k = group.first_node * c_; k < space_.nodes * c_; ++k) {
-        const T* d = node_gradient(n, 0, k);
+        const T* d = node_gradient(n, k / c_, k % c_);
         T total = 0;
 #pragma omp simd reduction(+ : total)
         for (int64_t p = 0; p < size_; ++p) total += d[p];
@@ -223,21 +268,28 @@ class MixedCell {
         for (size_t k = 0; k < edge.ends.size(); ++k)
           for (int64_t c = 0; c < c_; ++c)
             dot_products_[end_index(n, edge, k) + c] = dot_product(n, edge, edge.ends[k], c);
+      for_rest(g, n, work.direct, [&](int s, int64_t c, const T* plane) {
+        for (const Edge& edge : group.edges)
+          if (edge.state == s)
+            rest_products_[n * space_.edges + edge.number] += dot_product(node_gradient(n, edge.node, c), plane);
+      });
     }
   }
   T dot_product(int64_t n, const Edge& edge, const End& end, int64_t c) const {
     const T* d = node_gradient(n, edge.node, c);
+    if (end.plane < 0) return dot_product(d, state_planes(n, edge.state) + c * nodes_.h * nodes_.w);
+    const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
     T total = 0;
-    if (end.plane < 0) {
-      const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
-      for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd reduction(+ : total)
-        for (int64_t j = 0; j < nodes_.columns(); ++j) total += d[i * nodes_.out_row + j] * state[i * nodes_.w + j];
-    } else {
-      const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
+    for (int64_t p = 0; p < size_; ++p) total += d[p] * (y[p] - mean);
+    return total;
+  }
+  // The same of a plane [h, w] that is not normalised.
+  T dot_product(const T* d, const T* plane) const {
+    T total = 0;
+    for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd reduction(+ : total)
-      for (int64_t p = 0; p < size_; ++p) total += d[p] * (y[p] - mean);
-    }
+      for (int64_t j = 0; j < nodes_.columns(); ++j) total += d[i * nodes_.out_row + j] * plane[i * nodes_.w + j];
     return total;
   }
 
@@ -267,6 +319,14 @@ class MixedCell {
         slope_[end.plane * c_ + c] = rstd * rstd * total / count_;
       }
       mixing_gradient[edge.number * space_.columns + end.column] = scale_gradient;
+    }
+#pragma omp for schedule(static)
+    for (size_t k = 0; k < group.edges.size(); ++k) {
+      if (space_.partial == 1) continue;
+      const int64_t edge = group.edges[k].number;
+      double total = 0;
+      for (int64_t n = 0; n < n_; ++n) total += rest_products_[n * space_.edges + edge];
+      mixing_gradient[edge * space_.columns + space_.columns - 1] = total;
     }
     // A pool has one normalisation for all edges of its state.
 #pragma omp for schedule(static)
@@ -357,18 +417,54 @@ class MixedCell {
     const T* state = state_planes(n, s);
     const int64_t plane_size = geometry.h * geometry.w;
     for (int64_t c = 0; c < c_; ++c) {
-      T* direct = g == 0 ? x_gradient + ((n * 2 + s) * c_ + c) * plane_size : work.direct;
+      T* direct = g == 0 ? x_gradient + ((n * 2 + s) * state_c_ + c) * plane_size : work.direct;
       std::fill(direct, direct + plane_size, T(0));
       differentiate_unweighted(g, n, s, c, direct, work);
       relu_backward(geometry, state + c * plane_size, work.in_gradient + c * in_step(g), true, direct);
-      if (g == 0) continue;
-      T* to = gradient_ + ((n * space_.nodes + s - 2) * c_ + c) * size_;
-      for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-        for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.out_row + j] += direct[i * nodes_.w + j];
+      if (g > 0) add_to_node(n, s - 2, c, direct);
     }
     if (space_.has_reduce(space_.groups[g]))
-      differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * c_ * plane_size, work);
+      differentiate_reduce(g, n, s, x_gradient + (n * 2 + s) * state_c_ * plane_size, work);
+    for (int64_t c = c_; c < state_c_; ++c) {
+      T* d = work.total;
+      std::fill(d, d + nodes_.h * nodes_.w, T(0));
+      add_node_gradients(space_.groups[g], n, s, c, space_.columns - 1, [&](T weight, const T* from) {
+        add_rows(weight, from, d);
+      });
+      if (g > 0) {
+        add_to_node(n, s - 2, c, d);
+        continue;
+      }
+      T* to = x_gradient + ((n * 2 + s) * state_c_ + c) * plane_size;
+      if (geometry.stride == 2) pool_halves_backward(state + c * plane_size, d, to);
+      else std::copy(d, d + plane_size, to);
+    }
+  }
+  // Adds a plane [h, w] to the gradient of channel c of a node.
+  void add_to_node(int64_t n, int64_t node, int64_t c, const T* from) {
+    T* to = gradient_ + ((n * space_.nodes + node) * state_c_ + unshuffled(c)) * size_;
+    for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd
+      for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.out_row + j] += from[i * nodes_.w + j];
+  }
+  // Adds a plane with rounded-up rows to a plane [h, w].
+  void add_rows(T weight, const T* from, T* to) const {
+    for (int64_t i = 0; i < nodes_.rows(); ++i)
+#pragma omp simd
+      for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.w + j] += weight * from[i * nodes_.out_row + j];
+  }
+  // The first of several equal maxima gets the gradient, as in Paddle.
+  void pool_halves_backward(const T* plane, const T* d, T* to) const {
+    for (int64_t i = 0; i < nodes_.h; ++i)
+      for (int64_t j = 0; j < nodes_.w; ++j) {
+        int64_t largest = 2 * i * inputs_.w + 2 * j;
+        for (int k = 0; k < 4; ++k) {
+          const int64_t at = (2 * i + k / 2) * inputs_.w + 2 * j + k % 2;
+          to[at] = 0;
+          if (plane[at] > plane[largest]) largest = at;
+        }
+        to[largest] = d[i * nodes_.w + j];
+      }
   }
   // Adds the gradient of a plane of a state through pools and identities to `direct` [h, w].
   void differentiate_unweighted(int g, int64_t n, int s, int64_t c, T* direct, Workspace& work) {
@@ -392,12 +488,7 @@ class MixedCell {
     }
     if (!space_.pools.empty()) pools_of(g).add_interior(work.pool_gradient, direct);
     if (space_.skip < 0 || geometry_of(g).stride > 1) return;
-    add_node_gradients(group, n, s, c, space_.skip, [&](T weight, const T* from) {
-      for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-        for (int64_t j = 0; j < nodes_.columns(); ++j)
-          direct[i * nodes_.w + j] += weight * from[i * nodes_.out_row + j];
-    });
+    add_node_gradients(group, n, s, c, space_.skip, [&](T weight, const T* from) { add_rows(weight, from, direct); });
   }
   // Calls add(mixing weight in `column`, gradient of the node) for all edges from state s.
   template <typename F>
@@ -442,6 +533,7 @@ class MixedCell {
   T mixing_weight(const Edge& edge, const End& end) const {
     return mixing_[edge.number * space_.columns + end.column];
   }
+  T edge_weight(const Edge& edge) const { return mixing_[(edge.number + 1) * space_.columns - 1]; }
 
   int64_t planes() const { return space_.planes * c_; }
   int64_t grid_size() const { return c_ * nodes_.step; }
@@ -463,12 +555,19 @@ class MixedCell {
     return n * half_planes() + (edge.local * space_.halves + convolution.half) * c_;
   }
   T* result(int64_t n, int64_t plane, int64_t c) const { return saved_ + (n * planes() + plane * c_ + c) * size_; }
+  // The channels of a node before their shuffle: the C channels of the operations, then the rest.
+  int64_t unshuffled(int64_t c) const { return c % space_.partial * c_ + c / space_.partial; }
   const T* node_gradient(int64_t n, int64_t node, int64_t c) const {
-    return gradient_ + ((n * space_.nodes + node) * c_ + c) * size_;
+    return gradient_ + ((n * space_.nodes + node) * state_c_ + c) * size_;
   }
+  T* node_plane(int64_t n, int64_t node, int64_t c) const {
+    const int64_t shuffled = c % c_ * space_.partial + c / c_;
+    return out_ + ((n * space_.nodes + node) * state_c_ + shuffled) * nodes_.h * nodes_.w;
+  }
+  // The planes of a state, those that pass the operations first.
   const T* state_planes(int64_t n, int s) const {
-    return s < 2 ? x_ + (n * 2 + s) * c_ * inputs_.h * inputs_.w
-                 : out_ + (n * space_.nodes + s - 2) * c_ * nodes_.h * nodes_.w;
+    return s < 2 ? x_ + (n * 2 + s) * state_c_ * inputs_.h * inputs_.w
+                 : out_ + (n * space_.nodes + s - 2) * state_c_ * nodes_.h * nodes_.w;
   }
   T mean_of(int64_t plane, int64_t c) const { return statistics_[(plane * c_ + c) * 2]; }
   T rstd_of(int64_t plane, int64_t c) const { return statistics_[(plane * c_ + c) * 2 + 1]; }
@@ -510,7 +609,7 @@ class MixedCell {
 
   const Space& space_;
   const T *x_, *mixing_;
-  const int64_t n_, c_;
+  const int64_t n_, c_, state_c_;                // images; channels of an operation, of a state
   const double epsilon_;
   const Geometry inputs_, nodes_, second_;       // of states 0 and 1; of the nodes; between the halves of a sep_conv
   const int64_t size_, count_;                   // numbers per saved plane; numbers per normalised channel
@@ -522,15 +621,15 @@ class MixedCell {
   int64_t weights_size_ = 0;
   T *out_, *saved_, *statistics_;
   std::vector<double> moments_;                  // [N, planes, 2]
-  // Gradients of the nodes [N, nodes, C planes], and of the first normalisation's output in the sep_convs of a group.
+  // Gradients of the nodes [N, nodes, channels as of unshuffled], and of the first normalisation's output in the sep_convs of a group.
   T *gradient_, *half_gradient_;
-  std::vector<double> sums_, dot_products_, half_sums_;
+  std::vector<double> sums_, dot_products_, half_sums_, rest_products_;
   std::vector<T> node_mean_, d_mean_, slope_;    // mean gradients of nodes; arguments of batch_norm_backward by plane
 };
 
 // Returns the number of saved planes per image; at least 1, because Paddle 2.6 refuses an empty tensor.
 int64_t saved_planes(const Space& space, const Tensor& x) {
-  return std::max<int64_t>(1, space.planes * (x.shape()[1] / 2));
+  return std::max<int64_t>(1, space.planes * (x.shape()[1] / 2 / space.partial));
 }
 
 // Checks the inputs of the forward pass; returns the shape of the output.
@@ -541,13 +640,14 @@ Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float 
   const int64_t stride = space.reduction ? 2 : 1;
   require(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride + x[3] % stride == 0,
           "the states have to be [N, 2 C, H, W] with an even C, and in a reduction cell an even H and W");
+  require(x[1] % (2 * stride * space.partial) == 0, "partial_channels does not divide the channels of a state");
   check_shape("the tensor of mixing weights", inputs[1], {space.edges, space.columns});
   return {x[0], space.nodes * x[1] / 2, x[2] / stride, x[3] / stride};
 }
 
 std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector<std::string>& primitives, int nodes,
-                            bool reduction, bool, float epsilon) {
-  const Space space(primitives, nodes, reduction);
+                            bool reduction, int partial_channels, bool, float epsilon) {
+  const Space space(primitives, nodes, reduction, partial_channels);
   const Shape shape = check_inputs(space, inputs, epsilon);
   const Tensor& x = inputs[0];
   const int64_t planes = saved_planes(space, x);
@@ -567,8 +667,8 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector
 std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& out, const Tensor& saved,
                              const Tensor& statistics, const Tensor& out_gradient,
                              const std::vector<std::string>& primitives, int nodes, bool reduction,
-                             bool weight_gradients, float epsilon) {
-  const Space space(primitives, nodes, reduction);
+                             int partial_channels, bool weight_gradients, float epsilon) {
+  const Space space(primitives, nodes, reduction, partial_channels);
   const Shape shape = check_inputs(space, inputs, epsilon);
   const int64_t planes = saved_planes(space, inputs[0]);
   check_types({inputs[0], out, saved, statistics, out_gradient});
@@ -590,7 +690,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
 
 // For wrong inputs it returns unknown sizes: an exception would end the process here. The kernel raises the error.
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const std::vector<std::string>& primitives, int nodes,
-                              bool reduction, bool, float) {
+                              bool reduction, int, bool, float) {
   const Shape& x = inputs[0];
   if (x.size() != 4) return {{-1, -1, -1, -1}, {-1, -1, -1}, {-1, 2}};
   const int64_t stride = reduction ? 2 : 1;
@@ -603,8 +703,9 @@ std::vector<paddle::DataType> InferDtype(const std::vector<paddle::DataType>& in
 
 }  // namespace
 
-#define DARTS_MIXED_CELL_ATTRIBUTES                                                                                 \
-  {"primitives: std::vector<std::string>", "nodes: int", "reduction: bool", "weight_gradients: bool", "epsilon: float"}
+#define DARTS_MIXED_CELL_ATTRIBUTES                                                                    \
+  {"primitives: std::vector<std::string>", "nodes: int", "reduction: bool", "partial_channels: int", \
+   "weight_gradients: bool", "epsilon: float"}
 
 // Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_mixed_cell)

@@ -35,19 +35,22 @@ struct Group {
   std::vector<Edge> edges;
 };
 
-// The cell that the attributes of the operator describe. Planes are counted in units of C.
+// The cell that the attributes of the operator describe. Planes are counted in units of C, the channels of an operation:
+// those of a state divided by `partial`. columns: of the mixing weights; the last one is the weight of the edge if
+// partial > 1.
 struct Space {
   std::vector<Convolution> convolutions;
   std::vector<PoolKind> pools;
   std::vector<Group> groups;
-  int nodes, columns, skip = -1, stages = 0, halves = 0;
+  int nodes, partial, columns, skip = -1, stages = 0, halves = 0;
   int64_t edges = 0, planes = 0, padding = 0, second_padding = 0;
   bool reduction;
 
-  Space(const std::vector<std::string>& primitives, int nodes, bool reduction)
-      : nodes(nodes), columns(primitives.size()), reduction(reduction) {
-    require(nodes > 0 && nodes <= 1000 && columns > 0, "a cell needs from 1 to 1000 nodes, and primitives");
-    for (int k = 0; k < columns; ++k) {
+  Space(const std::vector<std::string>& primitives, int nodes, bool reduction, int partial)
+      : nodes(nodes), partial(partial), columns(primitives.size() + (partial > 1)), reduction(reduction) {
+    require(nodes > 0 && nodes <= 1000 && !primitives.empty(), "a cell needs from 1 to 1000 nodes, and primitives");
+    require(partial > 0, "partial_channels has to be positive");
+    for (int k = 0; k < int(primitives.size()); ++k) {
       check_operation(primitives[k]);
       require(std::count(primitives.begin(), primitives.end(), primitives[k]) == 1, primitives[k],
               " occurs more than once");

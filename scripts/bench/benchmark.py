@@ -6,8 +6,8 @@
     python scripts/bench/benchmark.py cifar_input imagenet_input --rounds 9 --json
 
 The peer of the steps is tests/reference/pytorch.py (pip install torch). The peer of `start` and `launches` is
-edge_by_edge.py. Each side is a process of its own (sides.py). Both have to compute the same results before they
-are timed.
+edge_by_edge.py, that of `methods` first-order DARTS. Each side is a process of its own (sides.py). A peer that computes
+the same function has to give the same results before it is timed.
 """
 from __future__ import annotations
 
@@ -81,6 +81,23 @@ def search_step(args) -> list[dict]:
     return rows
 
 
+def methods(args) -> list[dict]:
+    """A step of each method, of equal size, next to one of first-order DARTS."""
+    rows, peer = [], 'DARTS, first order'
+    settings = {peer: dict(unrolled=False), 'DARTS, second order': dict(unrolled=True),
+                'PC-DARTS, first order': dict(unrolled=False, partial_channels=4),
+                'PC-DARTS, second order': dict(unrolled=True, partial_channels=4)}
+    for batch_size in args.batch_size:
+        sides = {name: Side('project_search', batch_size=batch_size, **each) for name, each in settings.items()}
+        seconds = alternate({name: side.step for name, side in sides.items()}, args.rounds)
+        memory = {name: side.end() for name, side in sides.items()}
+        rows += [{'what': f'{name}, batch {batch_size}, {what}', 'unit': unit, 'project': values[name],
+                  'peer': values[peer], 'peer is': peer}
+                 for what, unit, values in (('time of a step', 's', seconds), ('peak memory', 'GB', memory))
+                 for name in settings if name != peer]
+    return rows
+
+
 def training_step(args) -> list[dict]:
     """A step of the training of DARTS_PADDLE for CIFAR-10."""
     return compare('training step, batch 32', 'training', args, batch_size=32)
@@ -131,8 +148,8 @@ def start(args) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
-PARTS = {part.__name__: part for part in (start, search_step, training_step, cifar_input, imagenet_input, growth,
-                                          launches, host, memory)}
+PARTS = {part.__name__: part for part in (start, search_step, methods, training_step, cifar_input, imagenet_input,
+                                          growth, launches, host, memory)}
 
 
 def main() -> None:
@@ -140,7 +157,8 @@ def main() -> None:
     add = parser.add_argument
     add('parts', nargs='*', metavar='part', help=f"parts to measure: {', '.join(PARTS)} (all)")
     add('--rounds', type=utils.number(int, 1), default=7, help='timed calls per side (%(default)s)')
-    add('--batch_size', type=utils.number(int, 2), nargs='+', default=[16, 64], help='of search_step (16 64)')
+    add('--batch_size', type=utils.number(int, 2), nargs='+', default=[16, 64],
+        help='of search_step and methods (16 64)')
     add('--compile', action='store_true', help='torch.compile as a third peer of the steps; it compiles for minutes')
     add('--full', action='store_true', help='start also edge by edge at the size of the search, ten minutes')
     add('--json', action='store_true', help='JSON instead of a table')

@@ -33,8 +33,7 @@ class EdgeByEdge:
                 for name, shape in shapes.items()}
             # Paddle's normalisation instead of the formula written out: no more operators than the peer needs.
             with mock.patch.object(supernet, 'batch_norm', operations.batch_norm):
-                logits = supernet.forward(weights, weights['alphas_normal'], weights['alphas_reduce'], images,
-                                          channels, layers)
+                logits = supernet.forward(weights, weights, images, channels, layers)
             loss = F.cross_entropy(logits, labels)
             self.fetches = [loss, *paddle.static.gradients([loss], list(weights.values()))]
         self.operators = len(self.program.global_block().ops)

@@ -105,14 +105,15 @@ def random_batches(batch_size: int) -> list[tuple]:
 # ---------------------------------------------------------------------------------------------------
 # This project
 
-def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool = True, custom: bool = True) -> tuple:
+def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool = True, custom: bool = True,
+                partial_channels: int = 1) -> tuple:
     """Returns a Supernet and step(train, valid): one step of its search, on feeds; custom: with compiled operators."""
     from engine import custom_ops
     from engine.optimizers import MomentumSGD
     from architect import Architect
     from model_search import Supernet
     custom_ops.enable(custom)
-    supernet = Supernet(channels, 10, layers)
+    supernet = Supernet(channels, 10, layers, partial_channels=partial_channels)
     optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
     architect = Architect(supernet, optimizer, unrolled=unrolled)
 
@@ -123,11 +124,12 @@ def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool =
     return supernet, step
 
 
-def project_search(batch_size: int, unrolled: bool, weights: str, channels: int = CHANNELS,
-                   layers: int = LAYERS) -> None:
+def project_search(batch_size: int, unrolled: bool, weights: str | None = None, channels: int = CHANNELS,
+                   layers: int = LAYERS, partial_channels: int = 1) -> None:
     """Steps of the search. Weights and alpha at the start go to the file `weights`."""
-    supernet, search = make_search(channels, layers, unrolled)
-    np.savez(weights, **supernet.weights(), **supernet.alphas())
+    supernet, search = make_search(channels, layers, unrolled, partial_channels=partial_channels)
+    if weights:
+        np.savez(weights, **supernet.weights(), **supernet.alphas())
     train, valid = random_batches(batch_size)
     result = supernet.gradients(*train)
     serve({'loss': result.loss, 'alphas_normal': result.alphas['alphas_normal'].tolist()},

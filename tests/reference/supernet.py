@@ -9,6 +9,7 @@ dynamic mode in float64 and shares no code with the program. Weights are {name: 
     classifier                              linear layer
 
 The search space is given by the names of the primitives and the number of nodes; the default is that of the paper.
+With partial channels k > 1 it is the supernet of PC-DARTS (arXiv 1907.05737).
 Sizes in the comments: N images, C channels of the cell, H x W pixels.
 """
 import numpy as np
@@ -35,7 +36,7 @@ def cells(channels, layers, nodes):
         c_prev_prev, c_prev, reduction_prev = c_prev, nodes * channels, reduction
 
 
-def weight_shapes(channels, classes, layers, primitives=STANDARD, nodes=4):
+def weight_shapes(channels, classes, layers, primitives=STANDARD, nodes=4, partial=1):
     """Returns {name: shape} of all weights."""
     shapes = {'stem.0.weight': (3 * channels, 3, 3, 3), 'stem.1.weight': (3 * channels,),
               'stem.1.bias': (3 * channels,)}
@@ -46,17 +47,18 @@ def weight_shapes(channels, classes, layers, primitives=STANDARD, nodes=4):
         else:
             shapes[f'cells.{i}.preprocess0.op.1.weight'] = (c, c_prev_prev, 1, 1)
         shapes[f'cells.{i}.preprocess1.op.1.weight'] = (c, c_prev, 1, 1)
-        edge = 0
+        edge, operated = 0, c // partial
         for node in range(nodes):
             for state in range(2 + node):
                 for k, name in enumerate(primitives):
                     prefix = f'cells.{i}._ops.{edge}._ops.{k}'
                     if name == 'skip_connect' and reduction and state < 2:
-                        shapes[f'{prefix}.conv_1.weight'] = shapes[f'{prefix}.conv_2.weight'] = (c // 2, c, 1, 1)
+                        shapes[f'{prefix}.conv_1.weight'] = shapes[f'{prefix}.conv_2.weight'] = (
+                            operated // 2, operated, 1, 1)
                     if name.startswith(('sep_conv', 'dil_conv')):
                         for n in (1, 5) if name.startswith('sep_conv') else (1,):
-                            shapes[f'{prefix}.op.{n}.weight'] = (c, 1, int(name[-1]), int(name[-1]))
-                            shapes[f'{prefix}.op.{n + 1}.weight'] = (c, c, 1, 1)
+                            shapes[f'{prefix}.op.{n}.weight'] = (operated, 1, int(name[-1]), int(name[-1]))
+                            shapes[f'{prefix}.op.{n + 1}.weight'] = (operated, operated, 1, 1)
                 edge += 1
     shapes['classifier.weight'] = (classes, nodes * c)
     shapes['classifier.bias'] = (classes,)
@@ -117,46 +119,63 @@ def operation(name, x, weights, prefix, stride):
     return separable(x, weights, prefix, 5, int(size[0]), stride=1, dilation=1)
 
 
-def cell(s0, s1, weights, prefix, alpha, reduction, reduction_prev, primitives, nodes):
+def shuffle(x, groups):
+    """Interleaves groups of channels: channel q of group k, k * C / groups + q, becomes channel q * groups + k."""
+    order = [k * (x.shape[1] // groups) + q for q in range(x.shape[1] // groups) for k in range(groups)]
+    return paddle.concat([x[:, channel:channel + 1] for channel in order], axis=1)
+
+
+def cell(s0, s1, weights, prefix, alpha, beta, reduction, reduction_prev, primitives, nodes, partial):
     """Returns the output [N, nodes * C, H', W'] of a cell from the outputs of the two cells before it.
 
-    alpha: [edges, primitives].
+    alpha: [edges, primitives]; beta: [edges], or None without partial channels.
     """
     mixing = paddle.exp(alpha) / paddle.exp(alpha).sum(axis=1, keepdim=True)          # softmax per edge
     preprocess0 = factorized_reduce if reduction_prev else relu_conv_bn
     states = [preprocess0(s0, weights, f'{prefix}.preprocess0'),
               relu_conv_bn(s1, weights, f'{prefix}.preprocess1')]
     edge = 0
-    for _node in range(nodes):
+    for node in range(nodes):
         total = 0
         for j, state in enumerate(states):
             stride = 2 if reduction and j < 2 else 1
+            operated = state[:, :state.shape[1] // partial]
+            mixed = None
             for k, name in enumerate(primitives):
                 if name != 'none':                                                    # none is zero
-                    result = operation(name, state, weights, f'{prefix}._ops.{edge}._ops.{k}', stride)
-                    total = total + mixing[edge, k] * result
+                    result = operation(name, operated, weights, f'{prefix}._ops.{edge}._ops.{k}', stride)
+                    result = mixing[edge, k] * result
+                    mixed = result if mixed is None else mixed + result
+            if partial > 1:
+                rest = state[:, state.shape[1] // partial:]
+                rest = F.max_pool2d(rest, 2, 2) if stride == 2 else rest
+                of_node = paddle.exp(beta[edge - j:edge - j + 2 + node])                  # of all edges of the node
+                mixed = of_node[j] / of_node.sum() * shuffle(paddle.concat([mixed, rest], axis=1), partial)
+            total = total + mixed
             edge += 1
         states.append(total)
     return paddle.concat(states[2:], axis=1)
 
 
-def forward(weights, alphas_normal, alphas_reduce, images, channels, layers, primitives=STANDARD, nodes=4):
-    """Returns the logits [N, classes] of images [N, 3, H, W]; weights, alphas and images are tensors."""
+def forward(weights, alphas, images, channels, layers, primitives=STANDARD, nodes=4, partial=1):
+    """Returns the logits [N, classes] of images [N, 3, H, W]; weights and alphas {name: tensor}, images a tensor."""
     x = batch_norm(F.conv2d(images, weights['stem.0.weight'], padding=1))
     x = x * weights['stem.1.weight'].reshape([1, -1, 1, 1]) + weights['stem.1.bias'].reshape([1, -1, 1, 1])
     s0 = s1 = x
     for i, _, _, _, reduction, reduction_prev in cells(channels, layers, nodes):
-        alpha = alphas_reduce if reduction else alphas_normal
-        s0, s1 = s1, cell(s0, s1, weights, f'cells.{i}', alpha, reduction, reduction_prev, primitives, nodes)
+        kind = 'reduce' if reduction else 'normal'
+        s0, s1 = s1, cell(s0, s1, weights, f'cells.{i}', alphas[f'alphas_{kind}'], alphas.get(f'betas_{kind}'),
+                          reduction, reduction_prev, primitives, nodes, partial)
     features = s1.mean(axis=[2, 3])                                                   # [N, nodes * C]
     return paddle.matmul(features, weights['classifier.weight'], transpose_y=True) + weights['classifier.bias']
 
 
-def gradients(weights, alphas, images, labels, channels, layers, primitives=STANDARD, nodes=4):
+def gradients(weights, alphas, images, labels, channels, layers, primitives=STANDARD, nodes=4, partial=1):
     """Returns (loss, logits, {name: gradient of a weight}, {name: gradient of an alpha}), numpy float64.
 
-    weights: {name: array}; alphas: {'alphas_normal', 'alphas_reduce': [edges, primitives]}; images: [N, 3, H, W];
-    labels: [N] or [N, 1]. The loss is the mean cross entropy.
+    weights: {name: array}; alphas: {'alphas_normal', 'alphas_reduce': [edges, primitives]}, with partial channels also
+    {'betas_normal', 'betas_reduce': [edges]}; images: [N, 3, H, W]; labels: [N] or [N, 1]. The loss is the mean cross
+    entropy.
     """
     def variables(arrays):
         return {name: paddle.to_tensor(np.asarray(array, 'float64'), stop_gradient=False)
@@ -164,8 +183,8 @@ def gradients(weights, alphas, images, labels, channels, layers, primitives=STAN
 
     with paddle.base.dygraph.guard():
         w, a = variables(weights), variables(alphas)
-        logits = forward(w, a['alphas_normal'], a['alphas_reduce'], paddle.to_tensor(np.asarray(images, 'float64')),
-                         channels, layers, primitives, nodes)
+        logits = forward(w, a, paddle.to_tensor(np.asarray(images, 'float64')), channels, layers, primitives, nodes,
+                         partial)
         log_likelihood = logits - paddle.log(paddle.exp(logits).sum(axis=1, keepdim=True))
         one_hot = paddle.to_tensor(np.eye(logits.shape[1])[np.ravel(labels)])
         loss = -(log_likelihood * one_hot).sum() / len(images)
