@@ -25,7 +25,7 @@ if [ "${1:-}" = --all ]; then
 fi
 
 VENV=.venv bash scripts/setup.sh
-.venv/bin/python -m pip install --quiet pytest ruff==0.17.6 \
+.venv/bin/python -m pip install --quiet pytest scipy ruff==0.17.6 \
     ${TORCH:+"torch==$TORCH"} ${VISUALDL:+"visualdl==$VISUALDL"}
 .venv/bin/python -m ruff check .
 
@@ -40,7 +40,7 @@ trap 'kill -KILL -- ${groups[@]+"${groups[@]}"} 2>/dev/null || true; rm -f "$out
 trap 'exit 130' HUP INT TERM
 set -m                                  # each run is a process group
 if [ -n "$older" ]; then
-    .venv-2.6.2/bin/python -m pip install --quiet pytest
+    .venv-2.6.2/bin/python -m pip install --quiet pytest scipy
     .venv-2.6.2/bin/python -m pytest -m "$older_marks" "$@" </dev/null >"$output" 2>&1 &
     older=$!
     groups+=("-$older")

@@ -7,8 +7,6 @@ import paddle
 import pytest
 
 import benchmark
-import compare_genotypes
-import genotypes
 import gpu
 import inputs
 import runs
@@ -170,63 +168,3 @@ def test_the_memory_part_lists_all_networks():
     for what, other in (('a search step', 96), ('a training step, CIFAR-10', 96), ('a training step, ImageNet', 128)):
         small, large = (rows[f'memory of {what}, batch {size}']['project'] for size in (64, other))
         assert 1 < small < large and large / small == pytest.approx(other / 64, rel=0.05)
-
-
-# ---------------------------------------------------------------------------------------------------
-# compare_genotypes.py
-
-def test_random_genotypes_differ_and_are_valid():
-    drawn = [compare_genotypes.random_genotype(seed) for seed in range(20)]
-    assert len(set(drawn)) == 20 and drawn[3] == compare_genotypes.random_genotype(3)
-    for genotype in drawn:
-        genotypes.check(genotype._asdict())
-
-
-def test_the_genotype_of_a_seed_stays():
-    """The genotypes of the README's experiment are drawn again, so a seed has to keep its genotype."""
-    def words(cell):
-        return ' '.join(f'{operation} {state}' for operation, state in cell)
-    genotype = compare_genotypes.random_genotype(3)
-    assert words(genotype.normal) == ('avg_pool_3x3 0 avg_pool_3x3 1 sep_conv_5x5 0 max_pool_3x3 2 '
-                                      'sep_conv_5x5 0 sep_conv_3x3 1 dil_conv_3x3 0 max_pool_3x3 1')
-    assert words(genotype.reduce) == ('skip_connect 0 dil_conv_5x5 1 sep_conv_5x5 1 sep_conv_5x5 2 '
-                                      'dil_conv_5x5 0 dil_conv_3x3 2 sep_conv_5x5 1 sep_conv_5x5 4')
-
-
-@pytest.mark.parametrize('nodes', [1, 3, 5])
-def test_random_genotypes_of_another_space(nodes):
-    space = genotypes.SearchSpace(('conv_1x1', 'none', 'skip_connect'), nodes)
-    drawn = [compare_genotypes.random_genotype(seed, space) for seed in range(20)]
-    operations = set()
-    for genotype in drawn:
-        genotypes.check(genotype._asdict(), space.primitives)
-        for cell, concat in (genotype[:2], genotype[2:]):
-            assert len(cell) == 2 * nodes and concat == tuple(range(2, 2 + nodes))
-            assert all(cell[2 * node][1] < cell[2 * node + 1][1] for node in range(nodes))
-            operations |= {operation for operation, _ in cell}
-    assert operations == {'conv_1x1', 'skip_connect'}
-
-
-@pytest.mark.slow
-def test_compare_genotypes_trains_all_and_continues(tmp_path, monkeypatch):
-    started = []
-
-    def run(command):
-        script, *flags = command[1:]
-        started.append(os.path.basename(script))
-        return runs.run_in_process(script, *flags)
-    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run))
-    flags = ['--out', tmp_path, '--dataset', 'fashion_mnist_sample', '--search_seeds', 0, '--random', 1]
-    for kind in ('search', 'train'):
-        flags += [f'--{kind}_channels', 2, f'--{kind}_layers', 3, f'--{kind}_epochs', 1, f'--{kind}_batch_size', 64]
-    done = runs.run_in_process('scripts/bench/compare_genotypes.py', *flags)
-    assert done.returncode == 0, done.stderr
-    names = ['searched_0', 'DARTS_PADDLE', 'DARTS_V2', 'random_0']
-    assert started == ['train_search.py'] + ['train.py'] * len(names)
-    result = (tmp_path / 'results.md').read_text()
-    for name, line in zip(names, result.splitlines()[2:]):
-        last = runs.history(tmp_path / f'train_{name}_0')[-1]
-        assert line.startswith(f"| {name} | 0 | {100 * last['test_top1']:.2f} | ")
-    assert result.count('| published | 2 | ') == 1
-    again = runs.run_in_process('scripts/bench/compare_genotypes.py', *flags)
-    assert again.stdout.endswith(result + '\n') and len(started) == 5

@@ -1,124 +1,249 @@
-"""Runs the experiment of the README: searches, then trains the found, the published and random genotypes alike.
+"""Compares methods of search, genotypes and random draws: all genotypes are trained alike, then tested.
 
     python scripts/bench/compare_genotypes.py --data /usr/share/datasets/fashion-mnist   # hours on two cores
     python scripts/bench/compare_genotypes.py --out experiment                           # again: continues
+    python scripts/bench/compare_genotypes.py --search second= --search "first=--unrolled False" --paired second:first
+    python scripts/bench/compare_genotypes.py --search "pc=--recipe pc_darts" --random 12 --random_of_size 6
 
-Every genotype is trained from scratch with the same settings, and tested after the last epoch. Every run has a folder
-in --out and is resumed there, so the experiment can be stopped at any time. The table is printed and written to
-results.md.
+A method is a name and flags of train_search.py. All searches have the same size, epochs and data otherwise, all
+trainings the same settings. Every run has a folder in --out and is resumed there. A finished run is one line of JSON in
+--results and is not repeated, even without its folder. The tables are printed and written to results.md.
 """
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import utils
 
-import numpy as np
-
 import genotypes
-from genotypes import DARTS_SPACE, NONE, Genotype, SearchSpace
+import operations
+import report
+from genotypes import Genotype, SearchSpace
+from utils import UserError
 
-PUBLISHED = ('DARTS_PADDLE', 'DARTS_V2')
-
-
-def random_genotype(seed: int, space: SearchSpace = DARTS_SPACE) -> Genotype:
-    """Draws a genotype uniformly from the search space: two different states per node, any operation except none."""
-    rng, operations = np.random.default_rng(seed), [name for name in space.primitives if name != NONE]
-
-    def cell():
-        return tuple((str(rng.choice(operations)), int(state))
-                     for node in range(space.nodes) for state in sorted(rng.choice(2 + node, 2, replace=False)))
-    concat = tuple(range(2, 2 + space.nodes))
-    return Genotype(cell(), concat, cell(), concat)
+PUBLISHED = ['DARTS_PADDLE', 'DARTS_V2']
+# Flags of train_search.py that are equal for all methods, and flags of this script.
+COMMON_FLAGS = {'--epochs', '--seed', '--dataset', '--data', '--model_save_dir', '--resume', '--primitives', '--nodes'}
+OF_SIZE_TOLERANCE = 0.05         # of --random_of_size, relative to the mean number of weights of the searched genotypes
+OF_SIZE_FIRST_SEED = 1000        # so that its draws are not those of --random
 
 
-def run(args, kind: str, folder: str, seed: int, *flags) -> None:
-    """Runs a script with the run folder `folder`, or resumes it; a complete run is not repeated.
+class Results:
+    """The lines of the file --results, one finished run each; raises UserError for a damaged file."""
+
+    def __init__(self, path: str):
+        self.path, self.lines = path, []
+        if os.path.exists(path):
+            try:
+                self.lines = [json.loads(line) for line in utils.read_text(path, 1 << 30).splitlines()]
+                for line in self.lines:
+                    line['kind'], line['name'], line['seed'], line['settings'], genotypes.check(line['genotype'])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is no file of results: {error!r}; give another --results") from None
+
+    def find(self, kind: str, name: str, seed: int, settings: dict, genotype: Genotype | None = None) -> dict | None:
+        """Returns the line of a run, or None; raises UserError when the line is of other settings."""
+        for line in self.lines:
+            if [line['kind'], line['name'], line['seed']] == [kind, name, seed]:
+                differing = [key for key in settings if settings[key] != line['settings'].get(key)]
+                if genotype and genotypes.check(line['genotype']) != genotype:
+                    differing.append('genotype')
+                if differing:
+                    raise UserError(f"{self.path} has {kind} {name}, seed {seed}, with another {', '.join(differing)}: "
+                                    "give the same flags, or another --out and --results")
+                return line
+        return None
+
+    def add(self, line: dict) -> dict:
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(line) + '\n')
+        self.lines.append(line)
+        return line
+
+
+def run(args, kind: str, name: str, seed: int, flags: list[str]) -> list[dict]:
+    """Runs train_search.py or train.py in the folder of the run, or resumes it; returns the lines of its history.
 
     kind: 'search' or 'train', the prefix of its settings in `args`. Raises UserError when the script fails.
     """
-    done = os.path.join(folder, 'done')
-    if os.path.exists(done):
-        return
-    started = os.path.isdir(folder) and any(name.startswith('checkpoint-') for name in os.listdir(folder))
+    folder = folder_of(args, kind, name, seed)
+    started = os.path.isdir(folder) and any(file.startswith('checkpoint-') for file in os.listdir(folder))
     script = {'search': 'train_search.py', 'train': 'train.py'}[kind]
     command = [sys.executable, os.path.join(ROOT, script), '--model_save_dir', folder, '--dataset', args.dataset,
-               '--seed', str(seed), *flags, *(['--data', args.data] if args.data else [])]
-    for flag in ('init_channels', 'layers', 'epochs', 'batch_size'):
-        command += [f'--{flag}', str(getattr(args, f"{kind}_{flag.replace('init_', '')}"))]
+               '--seed', str(seed), *(['--data', args.data] if args.data else [])]
+    for flag, value in sizes_of(args, kind).items():
+        command += [f'--{flag}', str(value)]
     print(f"{folder}: {'continuing' if started else 'starting'}", flush=True)
-    if subprocess.run(command + ['--resume'] * started).returncode:
-        raise utils.UserError(f"{folder}: {script} ended early, its error message is above; "
-                              "start this script again to continue")
-    utils.write_file(done, '')
-
-
-def search(args, seed: int) -> str:
-    """Runs a search; returns the path of its genotype."""
-    folder = os.path.join(args.out, f'search_{seed}')
-    run(args, 'search', folder, seed)
-    return os.path.join(folder, 'genotype.json')
-
-
-def train(args, name: str, arch: str, seed: int) -> dict:
-    """Trains a genotype; returns its row of the table. arch: its name in genotypes.py or a path."""
-    folder = os.path.join(args.out, f'train_{name}_{seed}')
-    run(args, 'train', folder, seed, '--arch', arch, '--auxiliary', 'False', '--drop_path_prob', '0',
-        '--report_freq', '200')
+    if subprocess.run(command + flags + ['--resume'] * started).returncode:
+        raise UserError(f"{folder}: {script} ended early, its error message is above; "
+                        "start this script again to continue")
     with open(os.path.join(folder, 'history.jsonl'), encoding='utf-8') as file:
-        last = json.loads(file.read().splitlines()[-1])
-    with open(os.path.join(folder, 'log.txt'), encoding='utf-8') as file:
-        log = file.read()
-    weights, multiply_adds = (float(re.search(pattern, log).group(1)) for pattern in (
-        r'param size = ([\d.]+)MB', r'multiply-adds = ([\d.]+)M'))
-    return dict(name=name, seed=seed, top1=100 * last['test_top1'], weights=weights, multiply_adds=multiply_adds)
+        return [json.loads(line) for line in file]
 
 
-def table(rows: list[dict], groups: dict[str, list]) -> str:
-    """Returns the table of all runs, then mean and spread of each group, as Markdown."""
-    lines = ['| genotype | seed | test top-1, % | weights, M | multiply-adds, M |', '| --- | --- | --- | --- | --- |']
-    lines += ['| {name} | {seed} | {top1:.2f} | {weights:.3f} | {multiply_adds:.1f} |'.format(**row) for row in rows]
-    lines += ['', '| | runs | mean | standard deviation | lowest | highest |', '| --- | --- | --- | --- | --- | --- |']
-    for group, names in groups.items():
-        values = [row['top1'] for row in rows if row['name'] in names]
-        spread = f'{statistics.stdev(values):.2f}' if len(values) > 1 else ''
-        lines.append(f'| {group} | {len(values)} | {statistics.mean(values):.2f} | {spread} | {min(values):.2f} '
-                     f'| {max(values):.2f} |')
-    return '\n'.join(lines) + '\n'
+def folder_of(args, kind: str, name: str, seed: int) -> str:
+    return os.path.join(args.out, f'{kind}_{name}_{seed}')
 
 
-def main() -> None:
+def sizes_of(args, kind: str) -> dict:
+    return {flag: getattr(args, f"{kind}_{flag.replace('init_', '')}")
+            for flag in ('init_channels', 'layers', 'epochs', 'batch_size')}
+
+
+def space_of(args) -> SearchSpace:
+    return SearchSpace(args.primitives, args.nodes)
+
+
+def search(args, results: Results, method: str, flags: list[str], seed: int) -> Genotype:
+    """Returns the genotype that a method finds with a seed."""
+    space = space_of(args)
+    settings = {'dataset': args.dataset, **sizes_of(args, 'search'), 'space': space.as_dict(), 'flags': flags}
+    line = results.find('search', method, seed, settings)
+    if not line:
+        lines = run(args, 'search', method, seed,
+                    ['--primitives', ','.join(space.primitives), '--nodes', str(space.nodes), *flags])
+        kept = ('epoch', 'valid_top1', 'skip_connects', 'entropy_normal', 'entropy_reduce', 'curvature')
+        path = os.path.join(folder_of(args, 'search', method, seed), 'genotype.json')
+        line = results.add({
+            'kind': 'search', 'name': method, 'seed': seed, 'settings': settings,
+            'genotype': genotypes.load(path)._asdict(), 'seconds': sum(each['seconds'] for each in lines),
+            'history': [{key: each[key] for key in kept if key in each} for each in lines]})
+    return genotypes.check(line['genotype'])
+
+
+def train(args, results: Results, group: str, name: str, genotype: Genotype, seed: int) -> dict:
+    """Trains a genotype; returns its row of the table."""
+    settings = {'dataset': args.dataset, **sizes_of(args, 'train')}
+    line = results.find('train', name, seed, settings, genotype)
+    if not line:
+        lines = run(args, 'train', name, seed, ['--arch', genotypes.dumps(genotype), '--auxiliary', 'False',
+                                                '--drop_path_prob', '0', '--report_freq', '200'])
+        with open(os.path.join(folder_of(args, 'train', name, seed), 'log.txt'), encoding='utf-8') as file:
+            log = file.read()
+        weights, multiply_adds = (float(re.search(pattern, log).group(1)) for pattern in (
+            r'param size = ([\d.]+)MB', r'multiply-adds = ([\d.]+)M'))
+        line = results.add({
+            'kind': 'train', 'name': name, 'seed': seed, 'settings': settings, 'genotype': genotype._asdict(),
+            'seconds': sum(each['seconds'] for each in lines), 'accuracy': [each['test_top1'] for each in lines],
+            'weights': weights, 'multiply_adds': multiply_adds})
+    return dict(group=group, name=name, seed=seed, top1=100 * line['accuracy'][-1], weights=line['weights'],
+                multiply_adds=line['multiply_adds'])
+
+
+def number_of_weights(args, genotype: Genotype) -> int:
+    """Returns the number of weights of a genotype's network at the size of the trainings, for 10 classes."""
+    from model import NetworkCIFAR
+    return NetworkCIFAR(genotype, args.train_channels, 10, args.train_layers, build_programs=False).size
+
+
+def draw_of_size(args, searched: list[Genotype]) -> dict[str, Genotype]:
+    """Draws genotypes whose number of weights is the mean of those of `searched`, to OF_SIZE_TOLERANCE."""
+    target = statistics.mean(number_of_weights(args, genotype) for genotype in searched)
+    drawn = {}
+    for seed in itertools.count(OF_SIZE_FIRST_SEED):
+        if len(drawn) == args.random_of_size:
+            return drawn
+        if seed == OF_SIZE_FIRST_SEED + 10_000:
+            raise UserError(f"--random_of_size {args.random_of_size}: only {len(drawn)} of 10,000 draws have about "
+                            f"{target:,.0f} weights")
+        genotype = genotypes.draw(space_of(args), seed)
+        if abs(number_of_weights(args, genotype) / target - 1) <= OF_SIZE_TOLERANCE:
+            drawn[f'random_{seed}'] = genotype
+
+
+def method(text: str) -> tuple[str, list[str]]:
+    """Parses a value of --search, NAME=FLAGS."""
+    name, found, flags = text.partition('=')
+    if not found or not re.fullmatch('[A-Za-z0-9-]+', name):
+        raise ArgumentTypeError(f"{text!r} is not NAME=FLAGS, such as first='--unrolled False', with a name of "
+                                "letters, digits and hyphens")
+    try:
+        flags = shlex.split(flags)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: {error}") from None
+    for flag in flags:
+        if flag.partition('=')[0] in COMMON_FLAGS:
+            raise ArgumentTypeError(f"{name}: {flag} is equal for all methods; give this script its flag")
+    return name, flags
+
+
+def two_groups(text: str) -> tuple[str, str]:
+    """Parses a value of --compare or --paired, A:B."""
+    groups = tuple(text.split(':'))
+    if len(groups) != 2 or '' in groups:
+        raise ArgumentTypeError(f"{text!r} is not A:B, the names of two groups")
+    return groups
+
+
+def parse_args(argv: list[str] | None = None):
     parser = utils.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('--out', type=utils.path, default='experiment', help='folder of all runs (%(default)s)')
+    add('--results', type=utils.path, help='file of the finished runs (results.jsonl in --out)')
     add('--dataset', default='fashion_mnist', help='data set, as of train_search.py (%(default)s)')
     add('--data', type=utils.path, help='folder of the data set')
+    add('--search', type=method, action='append', metavar='NAME=FLAGS',
+        help='a method: a name, and its flags of train_search.py (second=, the second order)')
+    add('--genotypes', nargs='*', default=PUBLISHED, metavar='ARCH',
+        help=f"genotypes to train, as of train.py --arch ({' '.join(PUBLISHED)})")
     add('--random', type=utils.number(int, 0), default=4, help='number of random genotypes (%(default)s)')
+    add('--random_of_size', type=utils.number(int, 0), default=0,
+        help='number of random genotypes with as many weights as the searched ones (%(default)s)')
+    add('--compare', type=two_groups, action='append', metavar='A:B',
+        help="groups for Welch's test (every method with random)")
+    add('--paired', type=two_groups, action='append', default=[], metavar='A:B',
+        help='methods for a paired test, by the seed of the search')
+    operations.add_arguments(parser)
     for kind, seeds, channels, epochs in (('search', [0, 1], 4, 5), ('train', [0], 8, 3)):
         add(f'--{kind}_seeds', type=utils.number(int, 0), nargs='+', default=seeds,
             help=f'{kind}: seeds, one run each (%(default)s)')
         for name, default in (('channels', channels), ('layers', 5), ('epochs', epochs), ('batch_size', 64)):
             add(f'--{kind}_{name}', type=utils.number(int, 1), default=default, help=f'{kind}: {name} (%(default)s)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.search = dict(args.search or [('second', [])])
+    args.results = args.results or os.path.join(args.out, 'results.jsonl')
+    groups = [*args.search, *['published'] * bool(args.genotypes), *['random'] * bool(args.random),
+              *['random-of-size'] * bool(args.random_of_size)]
+    if len(set(groups)) < len(groups):
+        parser.error("--search: published, random and random-of-size are names of other groups, not of methods")
+    if args.compare is None:
+        args.compare = [(name, 'random') for name in args.search if 'random' in groups]
+    for flag, choices in (('compare', groups), ('paired', list(args.search))):
+        for name in itertools.chain(*getattr(args, flag)):
+            if name not in choices:
+                parser.error(f"--{flag}: no group {name!r}: there are {', '.join(choices)}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    report.import_scipy()                              # not after hours
+    known = {os.path.splitext(os.path.basename(arch))[0]: genotypes.load(arch) for arch in args.genotypes}
     os.makedirs(args.out, exist_ok=True)
-    searched = {f'searched_{seed}': search(args, seed) for seed in args.search_seeds}
-    drawn = {f'random_{seed}': os.path.join(args.out, f'random_{seed}.json') for seed in range(args.random)}
-    for seed, path in enumerate(drawn.values()):
-        utils.write_file(path, genotypes.dumps(random_genotype(seed)) + '\n')
-    groups = {'searched here': searched, 'published': dict(zip(PUBLISHED, PUBLISHED)), 'random': drawn}
-    rows = [train(args, name, arch, seed) for seed in args.train_seeds
-            for group in groups.values() for name, arch in group.items()]
-    result = table(rows, {group: list(archs) for group, archs in groups.items() if archs})
-    utils.write_file(os.path.join(args.out, 'results.md'), result)
-    print(result)
+    results = Results(args.results)
+    groups = {name: {f'{name}_{seed}': search(args, results, name, flags, seed) for seed in args.search_seeds}
+              for name, flags in args.search.items()}
+    searched = [genotype for found in groups.values() for genotype in found.values()]
+    groups['published'] = known
+    groups['random'] = {f'random_{seed}': genotypes.draw(space_of(args), seed) for seed in range(args.random)}
+    groups['random-of-size'] = draw_of_size(args, searched) if args.random_of_size else {}
+    rows = [train(args, results, group, name, genotype, seed) for seed in args.train_seeds
+            for group, found in groups.items() for name, genotype in found.items()]
+    tables = report.run_table(rows), report.group_table(rows), report.test_table(rows, args.compare, args.paired)
+    text = '\n\n'.join('\n'.join(lines) for lines in tables if lines) + '\n'
+    utils.write_file(os.path.join(args.out, 'results.md'), text)
+    print(text)
 
 
 if __name__ == '__main__':

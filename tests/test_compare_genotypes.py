@@ -1,0 +1,232 @@
+"""The comparison of methods and genotypes: statistics by hand, what is run, and what is not run again."""
+import json
+import math
+import os
+import shlex
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import compare_genotypes
+import genotypes
+import report
+import runs
+from genotypes import DARTS_SPACE
+from utils import UserError
+
+pytest.importorskip('scipy')
+SCRIPT = 'scripts/bench/compare_genotypes.py'
+
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics
+
+def two_sided_p(t, df):
+    """The probability of a larger |t|, by numeric integration of the density of the t distribution."""
+    x = np.linspace(-abs(t), abs(t), 200_001)
+    density = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi) * (1 + x ** 2 / df) ** (
+        -(df + 1) / 2)
+    return 1 - float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
+
+
+def test_welch_by_hand():
+    """Means 2.5 and 6, variances 5 / 3 and 10, n 4 and 5."""
+    found = report.welch([1, 2, 3, 4], [2, 4, 6, 8, 10])
+    variance = 5 / 3 / 4 + 10 / 5
+    assert found['difference'] == -3.5 and found['t'] == pytest.approx(-3.5 / math.sqrt(variance))
+    assert found['df'] == pytest.approx(variance ** 2 / ((5 / 12) ** 2 / 3 + 2 ** 2 / 4))
+    assert found['p'] == pytest.approx(two_sided_p(found['t'], found['df']), abs=1e-8)
+
+
+def test_paired_by_hand():
+    """Differences 1, 2, 1, -1: mean 0.75, variance 4.75 / 3."""
+    found = report.paired([5, 7, 9, 6], [4, 5, 8, 7])
+    assert (found['difference'], found['df']) == (0.75, 3)
+    assert found['t'] == pytest.approx(0.75 / math.sqrt(4.75 / 3 / 4))
+    assert found['p'] == pytest.approx(two_sided_p(found['t'], 3), abs=1e-8)
+
+
+def test_summary_by_hand():
+    found = report.summary([1, 2, 3, 4])
+    assert (found['n'], found['mean']) == (4, 2.5) and found['deviation'] == pytest.approx(math.sqrt(5 / 3))
+    assert found['half'] == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)         # a table's t, df 3
+
+
+def rows_of(group, **runs_of):
+    """Returns rows of a group for {name: top-1 of each training seed}."""
+    return [dict(group=group, name=name, seed=seed, top1=top1, weights=0.05, multiply_adds=9.0)
+            for name, values in runs_of.items() for seed, top1 in enumerate(values)]
+
+
+def test_the_seeds_of_a_training_are_averaged_first():
+    rows = rows_of('a', a_0=[80, 82], a_1=[84, 86]) + rows_of('random', random_0=[70, 72], random_1=[75, 75])
+    assert report.values_of(rows, 'a') == {'a_0': 81, 'a_1': 85}
+    assert '| a | 2 | 83.00 | 2.83 | 57.59 to 108.41 | 81.00 | 85.00 |' in report.group_table(rows)
+    line = report.test_table(rows, [('a', 'random')], [])[-1]
+    expected = report.welch([81, 85], [71, 75])
+    assert line == f"| Welch's: a − random | 2 and 2 | +10.00 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
+
+
+def test_methods_are_paired_by_the_seed_of_the_search():
+    rows = rows_of('a', a_10=[5], a_2=[7], a_1=[9], a_7=[99]) + rows_of('b', b_1=[8], b_2=[5], b_10=[4])
+    line = report.test_table(rows, [], [('a', 'b')])[-1]
+    expected = report.paired([9, 7, 5], [8, 5, 4])
+    assert line == f"| paired: a − b | 3 pairs | +1.33 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
+
+
+def test_too_few_genotypes_are_said_and_not_tested():
+    rows = rows_of('a', a_0=[80]) + rows_of('random', random_0=[70], random_1=[75])
+    assert 'needs two groups of at least two genotypes' in report.test_table(rows, [('a', 'random')], [])[-1]
+    assert 'needs at least two pairs' in report.test_table(rows, [], [('a', 'a')])[-1]
+    assert report.test_table(rows, [], []) == []
+    assert '| a | 1 | 80.00 |  |  | 80.00 | 80.00 |' in report.group_table(rows)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Replaces the scripts by functions that write their files; returns the list of their command lines."""
+    commands = []
+
+    def run(command):
+        flags = dict(zip(command[2::2], command[3::2]))
+        commands.append([os.path.basename(command[1]), *command[2:]])
+        folder = flags['--model_save_dir']
+        os.makedirs(folder)
+        seed = int(flags['--seed'])
+        line = {'epoch': 1, 'seconds': 2.5, 'valid_top1': 0.5, 'skip_connects': 1, 'test_top1': 0.8 + seed / 100}
+        for name, text in (('history.jsonl', json.dumps(line) + '\n'),
+                           ('genotype.json', genotypes.dumps(genotypes.draw(DARTS_SPACE, 100 + seed))),
+                           ('log.txt', 'param size = 0.045000MB\nmultiply-adds = 8.5M\n')):
+            with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+                file.write(text)
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run))
+    return commands
+
+
+def compare(out, *flags):
+    return runs.run_in_process(SCRIPT, '--out', out, '--genotypes', 'DARTS_V1', '--random', 2, *flags)
+
+
+METHODS = ['--search', 'first=--unrolled False', '--search', 'second=', '--search_seeds', 0, 1]
+
+
+def test_methods_published_and_random_genotypes_are_trained_alike(tmp_path, scripts):
+    done = compare(tmp_path, *METHODS, '--paired', 'second:first', '--random_of_size', 2, '--train_seeds', 0, 5)
+    assert done.returncode == 0, done.stderr
+    searches = [command for command in scripts if command[0] == 'train_search.py']
+    assert [command[-2:] == ['--unrolled', 'False'] for command in searches] == [True, True, False, False]
+    trainings = [dict(zip(command[1::2], command[2::2])) for command in scripts if command[0] == 'train.py']
+    names = ['first_0', 'first_1', 'second_0', 'second_1', 'DARTS_V1', 'random_0', 'random_1']
+    of_size = [line.split(' | ')[1] for line in done.stdout.splitlines() if '| random-of-size | random_' in line]
+    assert [os.path.basename(flags['--model_save_dir']) for flags in trainings] == [
+        f'train_{name}_{seed}' for seed in (0, 5) for name in (*names, *of_size[:2])]
+    common = [{key: value for key, value in flags.items() if key not in ('--model_save_dir', '--arch', '--seed')}
+              for flags in trainings]
+    assert all(flags == common[0] for flags in common)
+    archs = {os.path.basename(flags['--model_save_dir']): genotypes.load(flags['--arch']) for flags in trainings}
+    assert archs['train_second_1_0'] == genotypes.draw(DARTS_SPACE, 101)
+    assert archs['train_random_1_5'] == genotypes.draw(DARTS_SPACE, 1)
+    assert archs['train_DARTS_V1_0'] == genotypes.DARTS_V1
+    args = compare_genotypes.parse_args(['--out', str(tmp_path)])
+    target = np.mean([compare_genotypes.number_of_weights(args, genotypes.draw(DARTS_SPACE, seed))
+                      for seed in (100, 101)])
+    for name in of_size[:2]:
+        assert abs(compare_genotypes.number_of_weights(args, archs[f'train_{name}_0']) / target - 1) <= 0.05
+    assert done.stdout.strip().endswith((tmp_path / 'results.md').read_text().strip())
+    assert all(part in done.stdout for part in ("Welch's: first − random", "Welch's: second − random",
+                                                'paired: second − first'))
+
+
+def test_finished_runs_are_not_repeated_even_without_their_folders(tmp_path, scripts):
+    assert compare(tmp_path / 'first', *METHODS).returncode == 0
+    count, results = len(scripts), tmp_path / 'first' / 'results.jsonl'
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(lines) == count == 4 + 4 + 1 + 2
+    assert lines[0]['history'] == [{'epoch': 1, 'valid_top1': 0.5, 'skip_connects': 1}]
+    assert lines[-1]['accuracy'] == [0.8] and lines[-1]['weights'] == 0.045 and lines[-1]['seconds'] == 2.5
+    again = compare(tmp_path / 'second', *METHODS, '--results', results)
+    assert again.returncode == 0 and len(scripts) == count
+    assert (tmp_path / 'second' / 'results.md').read_text() == (tmp_path / 'first' / 'results.md').read_text()
+    more = compare(tmp_path / 'second', *METHODS, '--results', results, '--train_seeds', 0, 1)
+    assert more.returncode == 0 and len(scripts) == count + 7
+
+
+@pytest.mark.parametrize('flags, reasons', [
+    (['--train_epochs', 9], ['train DARTS_V1, seed 0, with another epochs']),
+    (['--search', 'second=--unrolled False'], ['search second, seed 0, with another flags']),
+    (['--nodes', 3], ['search second, seed 0, with another space'])])
+def test_results_of_other_settings(tmp_path, scripts, flags, reasons):
+    assert compare(tmp_path).returncode == 0
+    if flags[0].startswith('--train'):                        # the published genotype comes first
+        flags = [*flags, '--search_seeds', 0]
+        reasons = ['with another epochs']
+    runs.assert_one_line(compare(tmp_path, *flags), 'results.jsonl', *reasons)
+
+
+def test_a_damaged_file_of_results(tmp_path, scripts):
+    path = tmp_path / 'results.jsonl'
+    path.write_text('{"kind": "train"}\n')
+    runs.assert_one_line(compare(tmp_path), str(path), 'is no file of results')
+    assert not scripts
+
+
+def test_a_run_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=lambda _: SimpleNamespace(returncode=2)))
+    runs.assert_one_line(compare(tmp_path), 'search_second_0: train_search.py ended early', 'start this script again')
+
+
+@pytest.mark.parametrize('flags, reason', [
+    ('--search first', 'is not NAME=FLAGS'), ('--search a_b=', 'is not NAME=FLAGS'),
+    ('--search random=', 'names of other groups'), ('--compare second', 'is not A:B'),
+    ('--compare second:third', "no group 'third': there are second, published, random"),
+    ('--paired second:random', "no group 'random'"), ('--genotypes RESNET', 'RESNET'),
+    ('--search "a=--epochs 3"', 'a: --epochs is equal for all methods')])
+def test_mistakes_on_the_command_line(tmp_path, scripts, flags, reason):
+    runs.assert_one_line(compare(tmp_path, *shlex.split(flags)), reason)
+    assert not scripts
+
+
+def test_without_scipy_nothing_is_started(tmp_path, scripts, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'scipy.stats', None)
+    runs.assert_one_line(compare(tmp_path), 'pip install scipy')
+    assert not scripts
+
+
+def test_draws_of_a_size_that_the_space_does_not_have(tmp_path, monkeypatch):
+    args = compare_genotypes.parse_args(['--out', str(tmp_path), '--random_of_size', '1', '--primitives',
+                                         'skip_connect,sep_conv_3x3', '--train_layers', '3', '--train_channels', '2'])
+    monkeypatch.setattr(compare_genotypes, 'number_of_weights', lambda args, genotype: hash(genotype) % 2 + 1)
+    monkeypatch.setattr(compare_genotypes, 'OF_SIZE_TOLERANCE', -1)
+    with pytest.raises(UserError, match='only 0 of 10,000 draws'):
+        compare_genotypes.draw_of_size(args, [genotypes.DARTS_V1])
+
+
+@pytest.mark.slow
+def test_real_runs(tmp_path, monkeypatch):
+    started = []
+
+    def run(command):
+        script, *flags = command[1:]
+        started.append(os.path.basename(script))
+        return runs.run_in_process(script, *flags)
+    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run))
+    flags = ['--out', tmp_path, '--dataset', 'fashion_mnist_sample', '--search_seeds', 0, '--random', 1, '--search',
+             'pc=--recipe pc_darts --partial_channels 2 --arch_start_epoch 0', '--genotypes', 'DARTS_PADDLE']
+    for kind in ('search', 'train'):
+        flags += [f'--{kind}_channels', 2, f'--{kind}_layers', 3, f'--{kind}_epochs', 1, f'--{kind}_batch_size', 64]
+    done = runs.run_in_process(SCRIPT, *flags)
+    assert done.returncode == 0, done.stderr
+    names = ['pc_0', 'DARTS_PADDLE', 'random_0']
+    assert started == ['train_search.py'] + ['train.py'] * len(names)
+    result = (tmp_path / 'results.md').read_text()
+    for name, line in zip(names, result.splitlines()[2:]):
+        last = runs.history(tmp_path / f'train_{name}_0')[-1]
+        assert f"| {name} | 0 | {100 * last['test_top1']:.2f} | " in line
+    again = runs.run_in_process(SCRIPT, *flags)
+    assert again.stdout.endswith(result + '\n') and len(started) == 4
