@@ -1,4 +1,4 @@
-"""The benchmark: its processes, results that differ, its rows and table; and the experiment's genotypes and table."""
+"""The benchmark: its processes, results that differ, its rows and table."""
 import json
 import os
 from types import SimpleNamespace
@@ -116,6 +116,26 @@ def test_a_step_is_compared_with_the_fastest_layout(monkeypatch):
         assert (row['project'], row['peer'], row['ratio']) == (0.5, 2.0, 0.25)
         assert row['peer is'] == 'PyTorch, channels last'
         assert (rows[f'{name}, peak memory']['project'], rows[f'{name}, peak memory']['peer']) == (1.0, 4.0)
+
+
+def test_methods_are_related_to_first_order_darts(monkeypatch):
+    def start_side(name, batch_size, unrolled, partial_channels=1):
+        assert (name, batch_size) == ('project_search', 3)
+        side = finished_side(8.0 / partial_channels)
+        side.step = (unrolled, partial_channels)
+        return side
+    seconds = {(False, 1): 2.0, (True, 1): 5.0, (False, 4): 0.5, (True, 4): 1.5}
+    monkeypatch.setattr(benchmark, 'Side', start_side)
+    monkeypatch.setattr(benchmark, 'alternate', lambda steps, rounds: {name: seconds[step]
+                                                                       for name, step in steps.items()})
+    rows = rows_of('methods', '--batch_size', 3)
+    assert {what: (row['project'], row['peer']) for what, row in rows.items()} == {
+        'DARTS, second order, batch 3, time of a step': (5.0, 2.0),
+        'PC-DARTS, first order, batch 3, time of a step': (0.5, 2.0),
+        'PC-DARTS, second order, batch 3, time of a step': (1.5, 2.0),
+        'DARTS, second order, batch 3, peak memory': (8.0, 8.0),
+        'PC-DARTS, first order, batch 3, peak memory': (2.0, 8.0),
+        'PC-DARTS, second order, batch 3, peak memory': (2.0, 8.0)}
 
 
 @pytest.mark.parametrize('found', [2.0, float('nan')])
