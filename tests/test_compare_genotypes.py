@@ -101,7 +101,7 @@ def scripts(monkeypatch):
         line = {'epoch': 1, 'seconds': 2.5, 'valid_top1': 0.5, 'skip_connects': 1, 'test_top1': 0.8 + seed / 100}
         for name, text in (('history.jsonl', json.dumps(line) + '\n'),
                            ('genotype.json', genotypes.dumps(genotypes.draw(DARTS_SPACE, 100 + seed))),
-                           ('log.txt', 'param size = 0.045000MB\nmultiply-adds = 8.5M\n')):
+                           ('log.txt', 'epoch 1 step 9/9: loss\nparam size = 0.045000MB\nmultiply-adds = 8.5M\n')):
             with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
                 file.write(text)
         return SimpleNamespace(returncode=0)
@@ -172,8 +172,73 @@ def test_results_of_other_settings(tmp_path, scripts, flags, reasons):
 def test_a_damaged_file_of_results(tmp_path, scripts):
     path = tmp_path / 'results.jsonl'
     path.write_text('{"kind": "train"}\n')
-    runs.assert_one_line(compare(tmp_path), str(path), 'is no file of results')
+    runs.assert_one_line(compare(tmp_path), f'{path}, line 1 is no finished run', 'remove the line')
     assert not scripts
+
+
+def test_a_file_of_results_without_a_last_line_break_is_continued(tmp_path, scripts):
+    path = tmp_path / 'new' / 'results.jsonl'                       # in a folder that does not exist yet
+    assert compare(tmp_path, '--results', path).returncode == 0
+    path.write_text(path.read_text().rstrip('\n'))
+    for count in (1, 0):                                            # one more run, then none
+        scripts.clear()
+        assert compare(tmp_path, '--results', path, '--random', 3).returncode == 0 and len(scripts) == count
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 4 + 1 + 3
+
+
+@pytest.mark.parametrize('flag', ['--results', '--out'])
+def test_files_that_cannot_be_written_are_found_before_the_first_run(tmp_path, scripts, flag):
+    runs.assert_one_line(compare(tmp_path, flag, '/dev/null/x'), 'cannot write', '/dev/null/x', flag)
+    assert not scripts
+
+
+def test_the_images_that_each_method_has_seen(tmp_path, scripts):
+    """The search ends after the first of 5 epochs, which has 9 steps."""
+    methods = ['--search', 'plain=--stop_at_skips 1', '--search', 'late=--arch_start_epoch 1 --batch_size 32']
+    done = compare(tmp_path, *methods, '--random', 0)
+    assert '| plain | --stop_at_skips 1 | 2 | 576 | 576 | ' in done.stdout
+    assert '| late | --arch_start_epoch 1 --batch_size 32 | 2 | 288 | 0 | ' in done.stdout
+    path = tmp_path / 'results.jsonl'                               # as written before the numbers were recorded
+    lines = [{key: value for key, value in json.loads(line).items() if 'images' not in key}
+             for line in path.read_text().splitlines()]
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert '| plain | --stop_at_skips 1 | 2 |  |  | ' in compare(tmp_path, *methods, '--random', 0).stdout
+
+
+def test_genotypes_and_draws_without_a_search(tmp_path, scripts):
+    done = compare(tmp_path, '--search_seeds', '--train_seeds', 1, 1, '--compare', 'published:random')
+    assert [os.path.basename(command[2]) for command in scripts] == [
+        'train_DARTS_V1_1', 'train_random_0_1', 'train_random_1_1']
+    assert '| method |' not in done.stdout and "Welch's: published − random | 1 and 2 |" in done.stdout
+
+
+def test_names_of_genotypes(tmp_path, scripts):
+    paths = [tmp_path / name for name in ('a/genotype.json', 'b/genotype.json', 'c.json', 'random_7.json')]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(genotypes.dumps(genotypes.draw(DARTS_SPACE, 50 + seed)))
+    flags = ['--search_seeds', '--random', 0, '--genotypes']
+    assert compare(tmp_path / 'out', *flags, *paths[:3]).returncode == 0
+    archs = {os.path.basename(command[2]): command[command.index('--arch') + 1] for command in scripts}
+    assert archs == {f'train_{name}_0': path.read_text() for name, path in zip('abc', paths)}
+    scripts.clear()
+    (tmp_path / 'unknown.json').write_text(paths[0].read_text().replace('conv_3x3', 'conv_9x9'))
+    for archs, reason in (([paths[0], paths[0]], 'another genotype has the name a'), ([paths[3]], 'the name random_7'),
+                          ([genotypes.dumps(genotypes.DARTS_V1)], 'is no name'),
+                          ([tmp_path / 'unknown.json'], 'conv_9x9')):
+        runs.assert_one_line(compare(tmp_path / 'out', *flags, *archs), reason)
+    assert not scripts
+
+
+def test_a_search_that_ends_without_a_genotype(tmp_path, scripts, monkeypatch):
+    run = compare_genotypes.subprocess.run
+
+    def run_without_genotype(command):
+        result = run(command)
+        os.remove(os.path.join(command[3], 'genotype.json'))
+        return result
+    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run_without_genotype))
+    runs.assert_one_line(compare(tmp_path, '--search', 'a=--stop_at_skips 1'), 'the search ended without', 'seed 0')
 
 
 def test_a_run_that_fails(tmp_path, monkeypatch):
@@ -186,7 +251,12 @@ def test_a_run_that_fails(tmp_path, monkeypatch):
     ('--search random=', 'names of other groups'), ('--compare second', 'is not A:B'),
     ('--compare second:third', "no group 'third': there are second, published, random"),
     ('--paired second:random', "no group 'random'"), ('--genotypes RESNET', 'RESNET'),
-    ('--search "a=--epochs 3"', 'a: --epochs is equal for all methods')])
+    ('--search "a=--epochs 3"', 'a: --epochs is equal for all methods'),
+    ('--search a= --search "b=--random"', 'b: --random is equal'), ('--search a= --search a=', 'the same name'),
+    ('--search a= --search "b=--unroled False"', 'did you mean --unrolled?'),
+    ('--search "pc=--recipe pc_darts"', 'pc: alpha would not be searched, as 15 epochs train only the weights'),
+    ('--search_seeds --random_of_size 1', '--random_of_size needs searches'),
+    ('--search_seeds --random 0 --genotypes', 'nothing to compare')])
 def test_mistakes_on_the_command_line(tmp_path, scripts, flags, reason):
     runs.assert_one_line(compare(tmp_path, *shlex.split(flags)), reason)
     assert not scripts
@@ -203,7 +273,8 @@ def test_draws_of_a_size_that_the_space_does_not_have(tmp_path, monkeypatch):
                                          'skip_connect,sep_conv_3x3', '--train_layers', '3', '--train_channels', '2'])
     monkeypatch.setattr(compare_genotypes, 'number_of_weights', lambda args, genotype: hash(genotype) % 2 + 1)
     monkeypatch.setattr(compare_genotypes, 'OF_SIZE_TOLERANCE', -1)
-    with pytest.raises(UserError, match='only 0 of 10,000 draws'):
+    monkeypatch.setattr(compare_genotypes, 'OF_SIZE_DRAWS', 20)
+    with pytest.raises(UserError, match='only 0 of 20 draws'):
         compare_genotypes.draw_of_size(args, [genotypes.DARTS_V1])
 
 
@@ -225,7 +296,9 @@ def test_real_runs(tmp_path, monkeypatch):
     names = ['pc_0', 'DARTS_PADDLE', 'random_0']
     assert started == ['train_search.py'] + ['train.py'] * len(names)
     result = (tmp_path / 'results.md').read_text()
-    for name, line in zip(names, result.splitlines()[2:]):
+    images = 1000 // 64 * 64                                        # half of the sample trains the weights
+    assert f"| 1 | {images} | {images} | " in result.splitlines()[2]
+    for name, line in zip(names, result.splitlines()[6:]):
         last = runs.history(tmp_path / f'train_{name}_0')[-1]
         assert f"| {name} | 0 | {100 * last['test_top1']:.2f} | " in line
     again = runs.run_in_process(SCRIPT, *flags)

@@ -3,11 +3,13 @@
     python scripts/bench/compare_genotypes.py --data /usr/share/datasets/fashion-mnist   # hours on two cores
     python scripts/bench/compare_genotypes.py --out experiment                           # again: continues
     python scripts/bench/compare_genotypes.py --search second= --search "first=--unrolled False" --paired second:first
-    python scripts/bench/compare_genotypes.py --search "pc=--recipe pc_darts" --random 12 --random_of_size 6
+    python scripts/bench/compare_genotypes.py --search "pc=--recipe pc_darts --arch_start_epoch 1" --random_of_size 6
+    python scripts/bench/compare_genotypes.py --search_seeds --random 6 --compare published:random    # no search
 
-A method is a name and flags of train_search.py. All searches have the same size, epochs and data otherwise, all
-trainings the same settings. Every run has a folder in --out and is resumed there. A finished run is one line of JSON in
---results and is not repeated, even without its folder. The tables are printed and written to results.md.
+A method is a name and flags of train_search.py. All searches have the same size, epochs, batch and data otherwise, also
+those of a --recipe, and a table states the images that each has seen. All trainings have the same settings. Every run
+has a folder in --out and is resumed there. A finished run is one line of JSON in --results and is not repeated, even
+without its folder. The tables are printed and written to results.md.
 """
 from __future__ import annotations
 
@@ -30,46 +32,16 @@ import genotypes
 import operations
 import report
 from genotypes import Genotype, SearchSpace
+from results import Results
 from utils import UserError
 
 PUBLISHED = ['DARTS_PADDLE', 'DARTS_V2']
 # Flags of train_search.py that are equal for all methods, and flags of this script.
-COMMON_FLAGS = {'--epochs', '--seed', '--dataset', '--data', '--model_save_dir', '--resume', '--primitives', '--nodes'}
+COMMON_FLAGS = {'--epochs', '--seed', '--dataset', '--data', '--model_save_dir', '--resume', '--primitives', '--nodes',
+                '--random'}
 OF_SIZE_TOLERANCE = 0.05         # of --random_of_size, relative to the mean number of weights of the searched genotypes
 OF_SIZE_FIRST_SEED = 1000        # so that its draws are not those of --random
-
-
-class Results:
-    """The lines of the file --results, one finished run each; raises UserError for a damaged file."""
-
-    def __init__(self, path: str):
-        self.path, self.lines = path, []
-        if os.path.exists(path):
-            try:
-                self.lines = [json.loads(line) for line in utils.read_text(path, 1 << 30).splitlines()]
-                for line in self.lines:
-                    line['kind'], line['name'], line['seed'], line['settings'], genotypes.check(line['genotype'])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} is no file of results: {error!r}; give another --results") from None
-
-    def find(self, kind: str, name: str, seed: int, settings: dict, genotype: Genotype | None = None) -> dict | None:
-        """Returns the line of a run, or None; raises UserError when the line is of other settings."""
-        for line in self.lines:
-            if [line['kind'], line['name'], line['seed']] == [kind, name, seed]:
-                differing = [key for key in settings if settings[key] != line['settings'].get(key)]
-                if genotype and genotypes.check(line['genotype']) != genotype:
-                    differing.append('genotype')
-                if differing:
-                    raise UserError(f"{self.path} has {kind} {name}, seed {seed}, with another {', '.join(differing)}: "
-                                    "give the same flags, or another --out and --results")
-                return line
-        return None
-
-    def add(self, line: dict) -> dict:
-        with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(line) + '\n')
-        self.lines.append(line)
-        return line
+OF_SIZE_DRAWS = 10_000           # after which --random_of_size gives up
 
 
 def run(args, kind: str, name: str, seed: int, flags: list[str]) -> list[dict]:
@@ -81,9 +53,7 @@ def run(args, kind: str, name: str, seed: int, flags: list[str]) -> list[dict]:
     started = os.path.isdir(folder) and any(file.startswith('checkpoint-') for file in os.listdir(folder))
     script = {'search': 'train_search.py', 'train': 'train.py'}[kind]
     command = [sys.executable, os.path.join(ROOT, script), '--model_save_dir', folder, '--dataset', args.dataset,
-               '--seed', str(seed), *(['--data', args.data] if args.data else [])]
-    for flag, value in sizes_of(args, kind).items():
-        command += [f'--{flag}', str(value)]
+               '--seed', str(seed), *(['--data', args.data] if args.data else []), *size_flags(args, kind)]
     print(f"{folder}: {'continuing' if started else 'starting'}", flush=True)
     if subprocess.run(command + flags + ['--resume'] * started).returncode:
         raise UserError(f"{folder}: {script} ended early, its error message is above; "
@@ -101,12 +71,20 @@ def sizes_of(args, kind: str) -> dict:
             for flag in ('init_channels', 'layers', 'epochs', 'batch_size')}
 
 
+def size_flags(args, kind: str) -> list[str]:
+    return [text for flag, value in sizes_of(args, kind).items() for text in (f'--{flag}', str(value))]
+
+
+def log_of(args, kind: str, name: str, seed: int) -> str:
+    return utils.read_text(os.path.join(folder_of(args, kind, name, seed), 'log.txt'))
+
+
 def space_of(args) -> SearchSpace:
     return SearchSpace(args.primitives, args.nodes)
 
 
-def search(args, results: Results, method: str, flags: list[str], seed: int) -> Genotype:
-    """Returns the genotype that a method finds with a seed."""
+def search(args, results: Results, method: str, flags: list[str], seed: int) -> dict:
+    """Returns the line of the search of a method with a seed."""
     space = space_of(args)
     settings = {'dataset': args.dataset, **sizes_of(args, 'search'), 'space': space.as_dict(), 'flags': flags}
     line = results.find('search', method, seed, settings)
@@ -115,11 +93,18 @@ def search(args, results: Results, method: str, flags: list[str], seed: int) -> 
                     ['--primitives', ','.join(space.primitives), '--nodes', str(space.nodes), *flags])
         kept = ('epoch', 'valid_top1', 'skip_connects', 'entropy_normal', 'entropy_reduce', 'curvature')
         path = os.path.join(folder_of(args, 'search', method, seed), 'genotype.json')
+        if not os.path.exists(path):
+            raise UserError(f"the search ended without {path}: {method} stops too early with seed {seed} "
+                            "(--stop_at_skips); change its flags")
+        of_method = search_arguments(args, flags)
+        steps = re.search(r' step \d+/(\d+): ', log_of(args, 'search', method, seed))
+        images = int(steps.group(1)) * of_method.batch_size                         # per epoch
         line = results.add({
             'kind': 'search', 'name': method, 'seed': seed, 'settings': settings,
             'genotype': genotypes.load(path)._asdict(), 'seconds': sum(each['seconds'] for each in lines),
+            'images': images * len(lines), 'alpha_images': images * max(0, len(lines) - of_method.arch_start_epoch),
             'history': [{key: each[key] for key in kept if key in each} for each in lines]})
-    return genotypes.check(line['genotype'])
+    return line
 
 
 def train(args, results: Results, group: str, name: str, genotype: Genotype, seed: int) -> dict:
@@ -129,8 +114,7 @@ def train(args, results: Results, group: str, name: str, genotype: Genotype, see
     if not line:
         lines = run(args, 'train', name, seed, ['--arch', genotypes.dumps(genotype), '--auxiliary', 'False',
                                                 '--drop_path_prob', '0', '--report_freq', '200'])
-        with open(os.path.join(folder_of(args, 'train', name, seed), 'log.txt'), encoding='utf-8') as file:
-            log = file.read()
+        log = log_of(args, 'train', name, seed)
         weights, multiply_adds = (float(re.search(pattern, log).group(1)) for pattern in (
             r'param size = ([\d.]+)MB', r'multiply-adds = ([\d.]+)M'))
         line = results.add({
@@ -139,6 +123,26 @@ def train(args, results: Results, group: str, name: str, genotype: Genotype, see
             'weights': weights, 'multiply_adds': multiply_adds})
     return dict(group=group, name=name, seed=seed, top1=100 * line['accuracy'][-1], weights=line['weights'],
                 multiply_adds=line['multiply_adds'])
+
+
+def load_genotypes(args) -> dict[str, Genotype]:
+    """Returns {name: genotype} of --genotypes: a genotype.json has the name of its folder, another file its own.
+
+    Raises UserError for a name that occurs twice, or that a searched or drawn genotype may have.
+    """
+    found: dict[str, Genotype] = {}
+    for arch in args.genotypes:
+        genotype, name = genotypes.load(arch, operations.OPERATIONS), os.path.splitext(os.path.basename(arch))[0]
+        if name == 'genotype':
+            name = os.path.basename(os.path.dirname(os.path.abspath(arch)))
+        if not re.fullmatch(r'[\w.-]+', name):
+            raise UserError(f"--genotypes: {name[:50]!r} is no name for a folder and a table: write the genotype to a "
+                            "file with a name of letters, digits, hyphens and dots")
+        if name in found or re.fullmatch(r'\d+', name.rpartition('_')[2]) and \
+                name.rpartition('_')[0] in (*args.search, 'random'):
+            raise UserError(f"--genotypes: {arch}: another genotype has the name {name}: rename the file")
+        found[name] = genotype
+    return found
 
 
 def number_of_weights(args, genotype: Genotype) -> int:
@@ -154,8 +158,8 @@ def draw_of_size(args, searched: list[Genotype]) -> dict[str, Genotype]:
     for seed in itertools.count(OF_SIZE_FIRST_SEED):
         if len(drawn) == args.random_of_size:
             return drawn
-        if seed == OF_SIZE_FIRST_SEED + 10_000:
-            raise UserError(f"--random_of_size {args.random_of_size}: only {len(drawn)} of 10,000 draws have about "
+        if seed == OF_SIZE_FIRST_SEED + OF_SIZE_DRAWS:
+            raise UserError(f"--random_of_size {args.random_of_size}: only {len(drawn)} of {OF_SIZE_DRAWS:,} draws have about "
                             f"{target:,.0f} weights")
         genotype = genotypes.draw(space_of(args), seed)
         if abs(number_of_weights(args, genotype) / target - 1) <= OF_SIZE_TOLERANCE:
@@ -178,6 +182,12 @@ def method(text: str) -> tuple[str, list[str]]:
     return name, flags
 
 
+def search_arguments(args, flags: list[str]):
+    """Returns the arguments of train_search.py for a method; ends with one line for a mistake in its flags."""
+    import train_search
+    return train_search.parse_args([*size_flags(args, 'search'), '--nodes', str(args.nodes), *flags])
+
+
 def two_groups(text: str) -> tuple[str, str]:
     """Parses a value of --compare or --paired, A:B."""
     groups = tuple(text.split(':'))
@@ -196,7 +206,7 @@ def parse_args(argv: list[str] | None = None):
     add('--search', type=method, action='append', metavar='NAME=FLAGS',
         help='a method: a name, and its flags of train_search.py (second=, the second order)')
     add('--genotypes', nargs='*', default=PUBLISHED, metavar='ARCH',
-        help=f"genotypes to train, as of train.py --arch ({' '.join(PUBLISHED)})")
+        help=f"genotypes to train, names or files as of train.py --arch ({' '.join(PUBLISHED)})")
     add('--random', type=utils.number(int, 0), default=4, help='number of random genotypes (%(default)s)')
     add('--random_of_size', type=utils.number(int, 0), default=0,
         help='number of random genotypes with as many weights as the searched ones (%(default)s)')
@@ -206,17 +216,30 @@ def parse_args(argv: list[str] | None = None):
         help='methods for a paired test, by the seed of the search')
     operations.add_arguments(parser)
     for kind, seeds, channels, epochs in (('search', [0, 1], 4, 5), ('train', [0], 8, 3)):
-        add(f'--{kind}_seeds', type=utils.number(int, 0), nargs='+', default=seeds,
-            help=f'{kind}: seeds, one run each (%(default)s)')
+        add(f'--{kind}_seeds', type=utils.number(int, 0), nargs='*' if kind == 'search' else '+', default=seeds,
+            help=f"{kind}: seeds, one run each{', none: no searches' * (kind == 'search')} (%(default)s)")
         for name, default in (('channels', channels), ('layers', 5), ('epochs', epochs), ('batch_size', 64)):
             add(f'--{kind}_{name}', type=utils.number(int, 1), default=default, help=f'{kind}: {name} (%(default)s)')
     args = parser.parse_args(argv)
-    args.search = dict(args.search or [('second', [])])
+    given = args.search or [('second', [])]
+    args.search = dict(given) if args.search_seeds else {}
+    for kind in ('search_seeds', 'train_seeds'):                       # a seed twice is one run
+        setattr(args, kind, list(dict.fromkeys(getattr(args, kind))))
     args.results = args.results or os.path.join(args.out, 'results.jsonl')
     groups = [*args.search, *['published'] * bool(args.genotypes), *['random'] * bool(args.random),
               *['random-of-size'] * bool(args.random_of_size)]
     if len(set(groups)) < len(groups):
         parser.error("--search: published, random and random-of-size are names of other groups, not of methods")
+    if args.search and len(args.search) < len(given):
+        parser.error("--search: two methods have the same name: give each its own")
+    if not groups or args.random_of_size and not args.search:
+        parser.error("--random_of_size needs searches: give --search_seeds" if groups else "nothing to compare")
+    for name, flags in args.search.items():
+        first = search_arguments(args, flags).arch_start_epoch
+        if first >= args.search_epochs:
+            parser.error(f"--search {name}: alpha would not be searched, as {first} epochs train only the weights and "
+                         f"--search_epochs is {args.search_epochs}: add --arch_start_epoch 1 to its flags, or search "
+                         "longer")
     if args.compare is None:
         args.compare = [(name, 'random') for name in args.search if 'random' in groups]
     for flag, choices in (('compare', groups), ('paired', list(args.search))):
@@ -229,18 +252,24 @@ def parse_args(argv: list[str] | None = None):
 def main() -> None:
     args = parse_args()
     report.import_scipy()                              # not after hours
-    known = {os.path.splitext(os.path.basename(arch))[0]: genotypes.load(arch) for arch in args.genotypes}
-    os.makedirs(args.out, exist_ok=True)
+    known = load_genotypes(args)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {args.out}: {error.strerror or error}; give another --out") from None
     results = Results(args.results)
-    groups = {name: {f'{name}_{seed}': search(args, results, name, flags, seed) for seed in args.search_seeds}
-              for name, flags in args.search.items()}
+    searches = [search(args, results, name, flags, seed)
+                for name, flags in args.search.items() for seed in args.search_seeds]
+    groups = {name: {f"{name}_{line['seed']}": genotypes.check(line['genotype'])
+                     for line in searches if line['name'] == name} for name in args.search}
     searched = [genotype for found in groups.values() for genotype in found.values()]
     groups['published'] = known
     groups['random'] = {f'random_{seed}': genotypes.draw(space_of(args), seed) for seed in range(args.random)}
     groups['random-of-size'] = draw_of_size(args, searched) if args.random_of_size else {}
     rows = [train(args, results, group, name, genotype, seed) for seed in args.train_seeds
             for group, found in groups.items() for name, genotype in found.items()]
-    tables = report.run_table(rows), report.group_table(rows), report.test_table(rows, args.compare, args.paired)
+    tables = (report.method_table(searches), report.run_table(rows), report.group_table(rows),
+              report.test_table(rows, args.compare, args.paired))
     text = '\n\n'.join('\n'.join(lines) for lines in tables if lines) + '\n'
     utils.write_file(os.path.join(args.out, 'results.md'), text)
     print(text)

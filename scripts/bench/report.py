@@ -60,6 +60,24 @@ def paired(a: list[float], b: list[float]) -> dict:
             'df': float(result.df), 'p': float(result.pvalue)}
 
 
+def method_table(searches: list[dict]) -> list[str]:
+    """Returns the lines of the table of the methods: what each search has computed, means over the seeds.
+
+    searches: lines of --results; those of an earlier version lack the numbers of images.
+    """
+    lines = ['| method | flags | searches | training images seen | images seen by alpha | skip_connect | seconds |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
+    for name in dict.fromkeys(line['name'] for line in searches):
+        found = [line for line in searches if line['name'] == name]
+        images = [f"{statistics.mean(line[key] for line in found):,.0f}" if all(key in line for line in found) else ''
+                  for key in ('images', 'alpha_images')]
+        skips = statistics.mean(sum(operation == 'skip_connect' for operation, _ in line['genotype']['normal'])
+                                for line in found)
+        lines.append(f"| {name} | {' '.join(found[0]['settings']['flags'])} | {len(found)} | {' | '.join(images)} "
+                     f"| {skips:.1f} | {statistics.mean(line['seconds'] for line in found):.0f} |")
+    return lines if searches else []
+
+
 def run_table(rows: list[dict]) -> list[str]:
     """Returns the lines of the table of all runs."""
     lines = ['| group | genotype | seed | test top-1, % | weights, M | multiply-adds, M |',
