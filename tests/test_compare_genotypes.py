@@ -268,6 +268,16 @@ def test_without_scipy_nothing_is_started(tmp_path, scripts, monkeypatch):
     assert not scripts
 
 
+@pytest.mark.parametrize('primitives, nodes', [
+    (DARTS_SPACE.primitives, 4), (('skip_connect', 'none', 'sep_conv_5x5'), 1), (('dil_conv_3x3', 'skip_connect'), 3)])
+def test_the_sum_over_the_edges_is_the_number_of_weights_of_the_network(primitives, nodes):
+    args = compare_genotypes.parse_args(['--search_seeds', '--primitives', ','.join(primitives), '--nodes', str(nodes)])
+    count = compare_genotypes.weight_counter(args)
+    drawn = [genotypes.draw(genotypes.SearchSpace(primitives, nodes), seed) for seed in range(30)]
+    found = [compare_genotypes.number_of_weights(args, genotype) for genotype in drawn]
+    assert [count(genotype) for genotype in drawn] == found and len(set(found)) > 1
+
+
 def test_draws_of_a_size_that_the_space_does_not_have(tmp_path, monkeypatch):
     args = compare_genotypes.parse_args(['--out', str(tmp_path), '--random_of_size', '1', '--primitives',
                                          'skip_connect,sep_conv_3x3', '--train_layers', '3', '--train_channels', '2'])
