@@ -35,6 +35,7 @@ from model_search import CELL_KINDS, Supernet
 from utils import UserError
 
 
+WINDOW, LAG, FIRST_EPOCH = 5, 4, 10    # of epoch_before_collapse
 # Settings of published methods: --recipe makes them the defaults.
 RECIPES = {
     'darts': {},
@@ -74,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              'loss with respect to alpha, each as long as a few steps (no evaluation)')
     add('--stop_at_curvature', type=utils.number(float, 1, open_low=True), metavar='FACTOR',
         help='ratio, such as 1.3, of the mean of the last five evaluations of the curvature to that four evaluations '
-             'earlier above which the search ends, from epoch 10 on; genotype.json is then the genotype of the earlier '
-             'evaluation (no limit)')
+             'earlier above which the search ends, from epoch 10 on, so nine evaluations are needed; genotype.json is '
+             'then the genotype of the earlier evaluation (no limit)')
     add('--random', type=utils.boolean, default=False,
         help='no search: write a genotype that is drawn uniformly from the search space by --seed (%(default)s)')
     add('--pretrained', type=utils.path, metavar='PATH', help='initial weights (and alpha) of a supernet, an .npz of '
@@ -88,8 +89,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--random draws a genotype at once: there is nothing to --resume")
     if args.stop_at_skips is not None and args.stop_at_skips > 2 * args.nodes:
         parser.error(f"--stop_at_skips {args.stop_at_skips}: a cell of {args.nodes} nodes has {2 * args.nodes} edges")
+    searched = args.epochs - args.arch_start_epoch                    # epochs that update alpha
+    if searched < 1:
+        parser.error(f"--arch_start_epoch {args.arch_start_epoch}: alpha would never be updated in {args.epochs} "
+                     "epochs; give a smaller one, or more epochs")
     if args.stop_at_curvature is not None and args.curvature_freq is None:
         parser.error("--stop_at_curvature needs evaluations of the curvature: add --curvature_freq 1")
+    if args.stop_at_curvature is not None and (args.epochs < FIRST_EPOCH
+                                               or searched // args.curvature_freq < WINDOW + LAG):
+        parser.error(f"--stop_at_curvature needs {WINDOW + LAG} evaluations after updates of alpha, and {FIRST_EPOCH} "
+                     f"epochs: give more --epochs than {args.epochs}, or a smaller --curvature_freq than "
+                     f"{args.curvature_freq}")
     return args
 
 
@@ -181,20 +191,24 @@ class Search:
     def stop_reason(self, record: dict) -> str | None:
         """Returns why --stop_at_skips or --stop_at_curvature ends the search after this line of history.jsonl, or None.
 
-        genotype.json is then the last genotype that both permit, if there is one.
+        genotype.json is then the last genotype that both permit, if there is one. Epochs before the first update of
+        alpha do not count: their genotypes are those of the initial alpha.
         """
         limit, factor = self.args.stop_at_skips, self.args.stop_at_curvature
         flags = ' and '.join(f'--stop_at_{name}' for name, value in (('skips', limit), ('curvature', factor)) if value)
         if not flags:
             return None
         try:
-            lines = {line['epoch']: line for line in [*self.run.history(), record]}
+            lines = {line['epoch']: line for line in [*self.run.history(), record]
+                     if line['epoch'] > self.args.arch_start_epoch}
             found = {epoch: genotypes.check(line['genotype']) for epoch, line in lines.items()}
             curvatures = {epoch: float(line['curvature']) for epoch, line in lines.items() if 'curvature' in line}
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.run.path('history.jsonl')} has a line without a genotype or with a damaged number "
                             f"({error!r}): restore the file, or leave out {flags}") from None
         reasons, epoch = [], record['epoch']
+        if epoch not in found:
+            return None
         permitted = [number for number in found if not self.too_many_skips(found[number])]
         if epoch not in permitted:
             reasons.append(f"whose normal cell has {genotypes.skip_connects(found[epoch])} skip_connect "
@@ -219,9 +233,6 @@ class Search:
             result = f"no epoch{f' up to {before}' if before else ''} had fewer, so there is no {path}"
         return (f"the search ended with epoch {epoch}, {', and '.join(reasons)}: {result}; --resume with a higher "
                 "limit, or with none, continues the search")
-
-
-WINDOW, LAG, FIRST_EPOCH = 5, 4, 10         # of epoch_before_collapse
 
 
 def epoch_before_collapse(curvatures: dict[int, float], factor: float) -> int | None:
@@ -275,6 +286,10 @@ def main() -> None:
         metadata, pretrained = read_weights(args.pretrained)
         recorded = genotypes.recorded_space(args.pretrained, metadata)
         SearchSpace(args.primitives, args.nodes).check_recorded(args.pretrained, recorded)
+        partial_channels = metadata.get('partial_channels', args.partial_channels)
+        if partial_channels != args.partial_channels:
+            raise UserError(f"{args.pretrained} is of a supernet with partial_channels {partial_channels}: give "
+                            f"--partial_channels {partial_channels}")
     data = distributed.local_rank0_first(lambda: reader.load_for(args))
     run = Run(args)
     trainer.set_up(args, place)

@@ -253,12 +253,14 @@ def read_history(path: str) -> list[Epoch]:
             weights = {kind: np.array(record[f'alphas_{kind}'], 'float64') for kind in KINDS}
             if any(table.shape != shape or not np.all((table >= 0) & (table <= 1)) for table in weights.values()):
                 raise ValueError(f"alphas have to be {shape[0]} x {shape[1]} numbers from 0 to 1")
-            edges = {kind: np.array(sum(record[f'betas_{kind}'], []), 'float64')
-                     for kind in KINDS if f'betas_{kind}' in record}
-            if epochs and edges.keys() != epochs[0].edges.keys():
+            betas = {kind: record[f'betas_{kind}'] for kind in KINDS if f'betas_{kind}' in record}
+            if epochs and betas.keys() != epochs[0].edges.keys():
                 raise ValueError("some lines have betas and others have none")
-            if any(values.shape != shape[:1] for values in edges.values()):
-                raise ValueError(f"betas have to be {shape[0]} numbers, a list for each of {space.nodes} nodes")
+            edges = {kind: np.array(sum(rows, []), 'float64') for kind, rows in betas.items()}
+            if any([len(row) for row in betas[kind]] != [2 + node for node in range(space.nodes)]
+                   or not np.all((values >= 0) & (values <= 1)) for kind, values in edges.items()):
+                raise ValueError(f"betas have to be {shape[0]} numbers from 0 to 1, a list for each of {space.nodes} "
+                                 "nodes")
             genotype = genotypes.check(record['genotype'], space.primitives)
             curvature = float(record['curvature']) if 'curvature' in record else None
             epochs.append(Epoch(int(record['epoch']), float(record['valid_top1']), genotype, weights, space, edges,
@@ -299,8 +301,8 @@ def animate(epochs: list[Epoch]) -> bytes:
 
 
 def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
-    """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive,
-    and with partial channels one for the weight of the edge.
+    """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive.
+    With partial channels the title of a panel has the last weight of its edge.
 
     Rows are the states that the edges come from, columns the nodes they lead to. All panels have the same scale.
     Each panel's label is "KIND STATE NODE", each line's label its primitive. A search with evaluations of the curvature
@@ -315,8 +317,7 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     ticks = sorted({numbers[0], numbers[-1]})
     # Wide enough for the titles of a space with few nodes, high enough for the legend of one with many primitives.
     width, uniform_label = max(7.5, 3.1 * nodes), f'1/{len(space.primitives)}'
-    labels = [*space.primitives, *['weight of the edge'] * bool(epochs[0].edges), uniform_label]
-    entries = [0.5 + 0.08 * len(label) for label in labels]    # of the legend, in inches
+    entries = [0.5 + 0.08 * len(label) for label in (*space.primitives, uniform_label)]    # of the legend, in inches
     columns = len(entries) if sum(entries) <= width else max(1, int(width / max(entries)))
     rows = -(-len(entries) // columns)
     curvatures = {epoch.number: epoch.curvature for epoch in epochs if epoch.curvature is not None}
@@ -334,23 +335,22 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
         edges = ((state, node) for node in range(nodes) for state in range(2 + node))     # rows of alpha
         for edge, (state, node) in enumerate(edges):
             panel = part.add_subplot(grid[state, node], sharex=panel, sharey=panel, label=f'{kind} {state} {node}')
-            panel.set_title(f'${state_name(state)} \\to {node}$', fontsize=9, color=INK)
+            weight = f', {epochs[-1].edges[kind][edge]:.3f}' if epochs[-1].edges else ''
+            panel.set_title(f'${state_name(state)} \\to {node}${weight}', fontsize=9, color=INK)
             panel.spines[:].set(color=INK if (state, node) in chosen else FRAME, linewidth=1.2)
             table = np.array([epoch.weights[kind][edge] for epoch in epochs])             # [epochs, primitives]
             for primitive, values in zip(space.primitives, table.T):
                 width, size, zorder = (2.6, 5, 3) if primitive == chosen.get((state, node)) else (1.2, 3, 2)
                 panel.plot(numbers, values, label=primitive, color=colour_of(primitive), linewidth=width, zorder=zorder,
                            marker='o', markersize=size, markevery=[-1], clip_on=False)
-            if epochs[0].edges:
-                panel.plot(numbers, [epoch.edges[kind][edge] for epoch in epochs], label='weight of the edge',
-                           color=INK, linestyle='--', linewidth=1.2)
             panel.axhline(uniform, color=GREY, linestyle=':', linewidth=1, label=uniform_label)
             panel.set_xticks(ticks, [f'epoch {ticks[0]}', *ticks[1:]])
             panel.tick_params(length=0, labelsize=8, labelcolor=GREY, labelleft=node == max(0, state - 1),
                               labelbottom=state == 1 + node)
     panel.set_ylim(bottom=0 if panel.get_ylim()[0] < 0.25 * uniform else None)
     legend = figure.legend(handles=panel.lines, loc='outside lower center', ncols=columns, frameon=False, fontsize=9,
-                           title='dark frame: edge of the last genotype, thick line: its operation', title_fontsize=9)
+                           title='dark frame: edge of the last genotype, thick line: its operation'
+                                 + ', number: weight of the edge' * bool(epochs[-1].edges), title_fontsize=9)
     for handle in legend.legend_handles:
         handle.set(linewidth=2, marker='')       # the last panel's lines differ in width
     if curvatures:

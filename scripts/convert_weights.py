@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import zipfile
 
@@ -65,16 +66,18 @@ def check_discrete(genotype: genotypes.Genotype, weights: dict[str, np.ndarray])
     return network_of(genotype, weights, build_programs=False).weights()
 
 
-def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SPACE) -> dict[str, np.ndarray]:
+def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SPACE,
+                   partial_channels: int | None = None) -> dict[str, np.ndarray]:
     """Returns the weights of a supernet, and its alphas if given; raises UserError when they do not fit.
 
+    partial_channels: as a file records it; None takes it from the shapes of the weights.
     Running statistics are dropped, because the supernet always normalises by the statistics of the batch.
     """
     weights = {name: array for name, array in weights.items() if not name.endswith(STATISTICS)}
     for name, dimensions in (('stem.0.weight', 4), ('classifier.weight', 2)):
         if np.ndim(weights.get(name)) != dimensions:
             raise UserError(f"weight {name!r} is missing or does not have {dimensions} dimensions")
-    channels, classes, layers, partial_channels = _sizes_of_supernet(weights).values()
+    channels, classes, layers, partial_channels = _sizes_of_supernet(weights, partial_channels).values()
     # Shapes without numbers must not reserve memory; twice the size, so that a weight that is missing is named below.
     supernet = Supernet(channels, classes, layers, space=space, partial_channels=partial_channels, build_programs=False,
                         max_size=2 * sum(map(np.size, weights.values())))
@@ -82,29 +85,34 @@ def check_supernet(weights: dict[str, np.ndarray], space: SearchSpace = DARTS_SP
     return dict(supernet.weights(), **(supernet.alphas() if 'alphas_normal' in weights else {}))
 
 
-def _sizes_of_supernet(weights: dict[str, np.ndarray]) -> dict:
+def _sizes_of_supernet(weights: dict[str, np.ndarray], partial_channels: int | None) -> dict:
     """Returns the sizes of a supernet, as its file of weights records them."""
-    channels = len(weights['stem.0.weight']) // 3
-    # The first cell is normal, and `op.1` of all its edges a depthwise convolution.
-    operated = [len(array) for name, array in weights.items()
-                if name.startswith('cells.0._ops.') and name.endswith('.op.1.weight') and np.ndim(array)]
-    return {'init_channels': channels, 'class_num': len(weights['classifier.weight']),
-            'layers': len({name.split('.')[1] for name in weights if name.startswith('cells.')}),
-            'partial_channels': channels // operated[0] if operated and 0 < operated[0] <= channels else 1}
+    channels, layers = len(weights['stem.0.weight']) // 3, len({name.split('.')[1] for name in weights
+                                                                if name.startswith('cells.')})
+    if partial_channels is None:
+        # Outputs of a convolution on an edge: C / K in the first cell, in the first reduction cell half of 2 C / K.
+        outputs = [len(array) for name, array in weights.items() if np.ndim(array) == 4 and (
+            re.fullmatch(r'cells\.0\._ops\..*\.op\.1\.weight', name) or
+            re.fullmatch(rf'cells\.{layers // 3}\._ops\..*\.conv_1\.weight', name))]
+        partial_channels = channels // outputs[0] if outputs and 0 < outputs[0] <= channels else 1
+    return {'init_channels': channels, 'class_num': len(weights['classifier.weight']), 'layers': layers,
+            'partial_channels': partial_channels}
 
 
-def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]:
-    """Returns space and {name: array} of an .npz with the weights of a supernet, or of a checkpoint of the search.
+def read_supernet(path: str) -> tuple[SearchSpace | None, int | None, dict[str, np.ndarray]]:
+    """Returns space, partial_channels and {name: array} of an .npz with the weights of a supernet or of a checkpoint.
 
-    The space is None when the file does not record it.
+    The first two are None when the file does not record them.
     """
     try:
         metadata, arrays = checkpoint.read_arrays(path)
     except ValueError as error:
         raise UserError(f"{path} holds no weights: {error}") from None
     if 'theta' not in arrays:
-        recorded = isinstance(metadata, dict) and 'space' in metadata
-        return genotypes.recorded_space(path, metadata) if recorded else None, arrays
+        metadata = metadata if isinstance(metadata, dict) else {}
+        space = genotypes.recorded_space(path, metadata) if 'space' in metadata else None
+        partial_channels = metadata.get('partial_channels')
+        return space, partial_channels if type(partial_channels) is int else None, arrays
     try:
         settings = metadata['settings']
         channels, classes, layers = (settings[key] for key in ('init_channels', 'class_num', 'layers'))
@@ -124,7 +132,7 @@ def read_supernet(path: str) -> tuple[SearchSpace | None, dict[str, np.ndarray]]
         supernet.store.set('alphas', arrays['alphas'])
     except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} is not a checkpoint of a search: {error}") from None
-    return space, dict(supernet.weights(), **supernet.alphas())
+    return space, partial_channels, dict(supernet.weights(), **supernet.alphas())
 
 
 def import_torch():
@@ -198,14 +206,14 @@ def convert(source: str, target: str, arch: str | None, space: dict | None = Non
     if source.endswith('.npz') == target.endswith('.npz'):
         raise UserError(f"one of {source} and {target} has to be an .npz of this project, the other a .pt of PyTorch")
     genotype = None if arch is None else genotypes.load(arch, operations.OPERATIONS)
-    metadata, recorded = {'genotype': genotype._asdict()} if genotype else {}, None
+    metadata, recorded, partial_channels = {'genotype': genotype._asdict()} if genotype else {}, None, None
     if not source.endswith('.npz'):
         weights = read_state_dict(source)
     elif genotype:
         metadata, weights = checkpoint.read_weights(source)
         genotypes.of_weights(source, metadata, arch, operations.OPERATIONS)
     else:
-        recorded, weights = read_supernet(source)
+        recorded, partial_channels, weights = read_supernet(source)
     if not genotype:
         space = SearchSpace(**{**(recorded or DARTS_SPACE).as_dict(), **(space or {})})
         metadata = {'space': space.as_dict()}
@@ -214,11 +222,13 @@ def convert(source: str, target: str, arch: str | None, space: dict | None = Non
     try:
         if target.endswith('.npz'):
             weights = from_state_dict(weights)
-        weights = check_discrete(genotype, weights) if genotype else check_supernet(weights, space)
+        weights = check_discrete(genotype, weights) if genotype else check_supernet(
+            weights, space, partial_channels)
     except UserError as error:
         raise UserError(f"{source} does not fit {arch or f'a supernet of {space}'}: {error}") from None
     if target.endswith('.npz'):
-        metadata.update(shape_of(weights).as_metadata() if genotype else _sizes_of_supernet(weights))
+        metadata.update(shape_of(weights).as_metadata() if genotype else
+                        _sizes_of_supernet(weights, partial_channels))
         utils.write_file(target, lambda file: checkpoint.write_arrays(file, metadata, weights))
     else:
         write_state_dict(target, to_state_dict(weights))

@@ -3,8 +3,9 @@ import json
 import math
 import os
 import shlex
+import signal
+import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_methods_are_paired_by_the_seed_of_the_search():
     assert line == f"| paired: a − b | 3 pairs | +1.33 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
 
 
-def test_too_few_genotypes_are_said_and_not_tested():
+def test_too_few_genotypes_for_a_test():
     rows = rows_of('a', a_0=[80]) + rows_of('random', random_0=[70], random_1=[75])
     assert 'needs two groups of at least two genotypes' in report.test_table(rows, [('a', 'random')], [])[-1]
     assert 'needs at least two pairs' in report.test_table(rows, [], [('a', 'a')])[-1]
@@ -104,8 +105,8 @@ def scripts(monkeypatch):
                            ('log.txt', 'epoch 1 step 5/9: loss\nparam size = 0.045000MB\nmultiply-adds = 8.5M\n')):
             with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
                 file.write(text)
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run))
+        return 0
+    monkeypatch.setattr(compare_genotypes, 'execute', run)
     return commands
 
 
@@ -232,30 +233,66 @@ def test_names_of_genotypes(tmp_path, scripts):
 
 
 def test_a_search_that_ends_without_a_genotype(tmp_path, scripts, monkeypatch):
-    run = compare_genotypes.subprocess.run
+    run = compare_genotypes.execute
 
     def run_without_genotype(command):
         result = run(command)
         os.remove(os.path.join(command[3], 'genotype.json'))
         return result
-    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run_without_genotype))
+    monkeypatch.setattr(compare_genotypes, 'execute', run_without_genotype)
     runs.assert_one_line(compare(tmp_path, '--search', 'a=--stop_at_skips 1'), 'the search ended without', 'seed 0')
 
 
+def test_an_interrupted_run_has_time_to_save_its_checkpoint(monkeypatch):
+    """Ctrl-C reaches both processes; the run needs longer than `subprocess.run` would wait before it kills."""
+    code = ('import signal, sys, time\n'
+            'signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), sys.exit(7)))\n'
+            'print("ready", flush=True)\n'
+            'time.sleep(60)\n')
+    started = []
+
+    class Process(subprocess.Popen):
+        def __init__(self, command):
+            super().__init__(command, stdout=subprocess.PIPE)
+            self.stdout.readline()
+            started.append(self)
+
+        def wait(self, *arguments):
+            if self.returncode is None and not self.interrupted:
+                self.interrupted = True
+                self.send_signal(signal.SIGINT)
+                raise KeyboardInterrupt
+            return super().wait(*arguments)
+        interrupted = False
+    monkeypatch.setattr(compare_genotypes.subprocess, 'Popen', Process)
+    with pytest.raises(KeyboardInterrupt):
+        compare_genotypes.execute([sys.executable, '-c', code])
+    started[0].stdout.close()
+    assert started[0].returncode == 7
+
+
+def test_custom_data_are_settings_of_a_run(tmp_path, scripts):
+    flags = ['--dataset', 'npz', '--search_seeds', '--data']
+    assert compare(tmp_path, *flags, 'a/one.npz').returncode == 0
+    count = len(scripts)
+    assert compare(tmp_path, *flags, 'b/one.npz').returncode == 0 and len(scripts) == count
+    runs.assert_one_line(compare(tmp_path, *flags, 'a/other.npz'), 'with another data')
+
+
 def test_a_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=lambda _: SimpleNamespace(returncode=2)))
+    monkeypatch.setattr(compare_genotypes, 'execute', lambda command: 2)
     runs.assert_one_line(compare(tmp_path), 'search_second_0: train_search.py ended early', 'start this script again')
 
 
 @pytest.mark.parametrize('flags, reason', [
     ('--search first', 'is not NAME=FLAGS'), ('--search a_b=', 'is not NAME=FLAGS'),
-    ('--search random=', 'names of other groups'), ('--compare second', 'is not A:B'),
+    ('--search random=', 'random is the name of another group'), ('--compare second', 'is not A:B'),
     ('--compare second:third', "no group 'third': there are second, published, random"),
     ('--paired second:random', "no group 'random'"), ('--genotypes RESNET', 'RESNET'),
     ('--search "a=--epochs 3"', 'a: --epochs is equal for all methods'),
     ('--search a= --search "b=--random"', 'b: --random is equal'), ('--search a= --search a=', 'the same name'),
     ('--search a= --search "b=--unroled False"', 'did you mean --unrolled?'),
-    ('--search "pc=--recipe pc_darts"', 'pc: alpha would not be searched, as 15 epochs train only the weights'),
+    ('--search "pc=--recipe pc_darts"', '--arch_start_epoch 15: alpha would never be updated in 5 epochs'),
     ('--search_seeds --random_of_size 1', '--random_of_size needs searches'),
     ('--search_seeds --random 0 --genotypes', 'nothing to compare')])
 def test_mistakes_on_the_command_line(tmp_path, scripts, flags, reason):
@@ -296,8 +333,8 @@ def test_real_runs(tmp_path, monkeypatch):
     def run(command):
         script, *flags = command[1:]
         started.append(os.path.basename(script))
-        return runs.run_in_process(script, *flags)
-    monkeypatch.setattr(compare_genotypes, 'subprocess', SimpleNamespace(run=run))
+        return runs.run_in_process(script, *flags).returncode
+    monkeypatch.setattr(compare_genotypes, 'execute', run)
     flags = ['--out', tmp_path, '--dataset', 'fashion_mnist_sample', '--search_seeds', 0, '--random', 1, '--search',
              'pc=--recipe pc_darts --partial_channels 2 --arch_start_epoch 0', '--genotypes', 'DARTS_PADDLE']
     for kind in ('search', 'train'):

@@ -289,8 +289,8 @@ def test_weights_of_a_shape_without_numbers_reserve_no_memory(tmp_path):
 
 def test_checkpoints_of_other_runs(tmp_path):
     source, target = write_search_checkpoint(tmp_path / 'checkpoint.npz'), tmp_path / 'target.pt'
-    space, weights = convert_weights.read_supernet(source)
-    assert space == genotypes.DARTS_SPACE
+    space, partial_channels, weights = convert_weights.read_supernet(source)
+    assert (space, partial_channels) == (genotypes.DARTS_SPACE, 1)
     assert_same(weights, supernet_weights())
     assert_refused(source, target, 'DARTS_PADDLE', source, 'checkpoint', 'best.npz')
     for change, reason in (

@@ -16,7 +16,7 @@ from genotypes import SearchSpace
 from kill_and_resume import results_of
 from model import NetworkCIFAR, NetworkImageNet
 from model_search import Supernet
-from runs import checkpoint_names, history
+from runs import assert_one_line, checkpoint_names, history, run_in_process
 from tiny_runs import Crash, tiny_search
 from utils import UserError
 
@@ -36,17 +36,17 @@ def test_channels_that_cannot_be_divided(channels, partial):
 
 
 def test_the_genotype_multiplies_operations_by_edges(operators):
-    """Node 1 by hand: products 0.9 * 0.2, 0.5 * 0.3 and 0.6 * 0.5, so states 2 and 0; without beta states 0 and 2."""
+    """Node 1 by hand: products 0.9 * 0.1, 0.5 * 0.5 and 0.6 * 0.4, so states 1 and 2; without beta states 0 and 2."""
     supernet = Supernet(2, 5, 3, image_size=8, space=SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), 2),
                         partial_channels=2)
     table = np.array([[0.1, 0.5, 0.4], [0.1, 0.1, 0.8], [0.05, 0.9, 0.05], [0.2, 0.3, 0.5], [0.3, 0.1, 0.6]])
-    edges = np.array([0.7, 0.3, 0.2, 0.3, 0.5])
+    edges = np.array([0.7, 0.3, 0.1, 0.5, 0.4])
     supernet.set_alphas({'alphas_normal': np.log(table), 'betas_normal': np.log(edges)})
     weights = supernet.mixing_weights()
     np.testing.assert_allclose(weights['alphas_normal'], table, atol=1e-6)
     np.testing.assert_allclose(weights['betas_normal'], edges, atol=1e-6)
-    assert supernet.genotype().normal == (('skip_connect', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 2),
-                                          ('skip_connect', 0))
+    assert supernet.genotype().normal == (('skip_connect', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 1),
+                                          ('sep_conv_3x3', 2))
     np.testing.assert_allclose(weights['betas_reduce'][:2].sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(weights['betas_reduce'][2:].sum(), 1, rtol=1e-6)
     with pytest.raises(UserError, match="'betas_upsample': there are alphas_normal, .*betas_reduce"):
@@ -97,10 +97,9 @@ def test_history_log_and_drawing_have_the_weights_of_the_edges(uninterrupted, ca
     assert all(sum(row) == pytest.approx(1, abs=1e-6) for row in line['betas_normal'] + line['betas_reduce'])
     epochs = visualize.read_history(str(uninterrupted / 'history.jsonl'))
     assert epochs[-1].edges['reduce'].tolist() == sum(line['betas_reduce'], [])
-    panel = visualize.draw_alphas(epochs).axes[4]                    # its label is "KIND STATE NODE"
-    kind, state, node = panel.get_label().split()
-    drawn, = (drawn for drawn in panel.lines if drawn.get_label() == 'weight of the edge')
-    assert drawn.get_ydata()[-1] == line[f'betas_{kind}'][int(node)][int(state)]
+    for panel in visualize.draw_alphas(epochs).axes:
+        kind, state, node = panel.get_label().split()
+        assert panel.get_title().endswith(f", {line[f'betas_{kind}'][int(node)][int(state)]:.3f}")
 
 
 def test_a_log_shows_the_weights_of_the_edges():
@@ -113,7 +112,9 @@ def test_a_log_shows_the_weights_of_the_edges():
 
 @pytest.mark.parametrize('change, reason', [
     (lambda lines: lines[1].pop('betas_reduce'), 'betas'),
-    (lambda lines: lines[0].update(betas_normal=[[0.5, 0.5]]), 'betas have to be 14 numbers')])
+    (lambda lines: lines[0].update(betas_normal=[[0.5, 0.5]]), 'betas have to be 14 numbers'),
+    (lambda lines: lines[0].update(betas_normal=[[0.1] * 14]), 'betas have to be 14 numbers'),
+    (lambda lines: lines[0]['betas_reduce'][3].__setitem__(1, 9.0), 'betas have to be 14 numbers')])
 def test_a_history_with_damaged_betas(tmp_path, uninterrupted, change, reason):
     lines = history(uninterrupted)
     change(lines)
@@ -123,7 +124,7 @@ def test_a_history_with_damaged_betas(tmp_path, uninterrupted, change, reason):
         visualize.read_history(str(path))
 
 
-def test_alpha_waits_for_its_first_epoch(tmp_path):
+def test_the_first_epochs_do_not_update_alpha(tmp_path):
     states = []
     with pytest.raises(Crash):
         tiny_search(tmp_path, crash_after=3, arch_start_epoch=1, **PARTIAL)         # at the end of the first epoch
@@ -139,7 +140,8 @@ def test_alpha_waits_for_its_first_epoch(tmp_path):
 
 def test_a_checkpoint_is_converted_with_its_betas(uninterrupted):
     path = str(uninterrupted / checkpoint_names(uninterrupted)[-1])
-    space, weights = read_supernet(path)
+    space, partial_channels, weights = read_supernet(path)
+    assert partial_channels == 2
     state = checkpoint.read_checkpoint(path)[1]
     names = ['alphas_normal', 'alphas_reduce', 'betas_normal', 'betas_reduce']
     assert np.concatenate([weights[name].reshape(-1) for name in names]).tobytes() == state['alphas'].tobytes()
@@ -166,6 +168,55 @@ def test_an_older_checkpoint_is_continued(tmp_path):
         assert tiny_search(tmp_path / folder, resume=True) == 1
     new, old = (results_of(tmp_path / folder) for folder in ('new', 'old'))
     assert new['history.jsonl'] == old['history.jsonl'] and new['genotype.json'] == old['genotype.json']
+
+
+@pytest.mark.parametrize('primitives', [('skip_connect', 'max_pool_3x3'), ('max_pool_3x3', 'none'),
+                                        ('skip_connect', 'dil_conv_3x3')])
+def test_weights_of_spaces_with_few_convolutions_are_converted(tmp_path, primitives):
+    """K follows from a convolution of the first cell or of the first reduction cell, or is recorded."""
+    space = SearchSpace(primitives, 2)
+    supernet = Supernet(4, 10, 3, space=space, partial_channels=2, build_programs=False)
+    weights = {**supernet.weights(), **supernet.alphas()}
+    for recorded in (2, *[None] * (primitives != ('max_pool_3x3', 'none'))):
+        assert set(check_supernet(weights, space, recorded)) == set(weights)
+
+
+def test_pretrained_weights_with_another_number_of_partial_channels(tmp_path):
+    supernet = Supernet(4, 10, 3, partial_channels=2, build_programs=False)
+    path = tmp_path / 'supernet.npz'
+    with open(path, 'wb') as file:
+        checkpoint.write_arrays(file, {'partial_channels': 2}, {**supernet.weights(), **supernet.alphas()})
+    done = run_in_process('train_search.py', '--dataset', 'fashion_mnist_sample', '--init_channels', 4, '--layers', 3,
+                          '--model_save_dir', tmp_path / 'run', '--pretrained', path)
+    assert_one_line(done, f'{path} is of a supernet with partial_channels 2: give --partial_channels 2')
+
+
+def test_no_rule_ends_the_search_before_alpha_is_updated(tmp_path):
+    """With --stop_at_skips 1 every genotype of the initial alpha would end it; after updates the rule counts."""
+    settings = dict(arch_start_epoch=2, epochs=3, stop_at_skips=1, partial_channels=1)
+    steps = tiny_search(tmp_path, seed=seed_with_skips(), **settings)
+    assert steps == 9 and len(history(tmp_path)) == 3
+    assert genotypes.skip_connects(genotypes.check(history(tmp_path)[0]['genotype'])) > 0
+
+
+def seed_with_skips():
+    """Returns a seed whose initial alpha has a skip_connect in its genotype."""
+    for seed in range(100):
+        tables = Supernet(2, 10, 3, seed=seed, build_programs=False).alphas().values()
+        mixing = (np.exp(table) / np.exp(table).sum(axis=1, keepdims=True) for table in tables)
+        if genotypes.skip_connects(genotypes.derive(genotypes.DARTS_SPACE, *mixing)) > 0:
+            return seed
+
+
+@pytest.mark.parametrize('flags, reason', [
+    ('--recipe pc_darts --epochs 15', 'alpha would never be updated in 15 epochs'),
+    ('--recipe pc_darts --epochs 23 --curvature_freq 1 --stop_at_curvature 1.3', 'needs 9 evaluations after updates'),
+    ('--curvature_freq 6 --stop_at_curvature 1.3', 'a smaller --curvature_freq than 6'),
+    ('--epochs 9 --curvature_freq 1 --stop_at_curvature 1.3', 'and 10 epochs')])
+def test_settings_that_can_have_no_effect(flags, reason, capsys):
+    with pytest.raises(SystemExit):
+        train_search.parse_args(flags.split())
+    assert reason in capsys.readouterr().err
 
 
 def test_published_cells_have_the_published_sizes():

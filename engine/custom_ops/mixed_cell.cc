@@ -621,7 +621,8 @@ class MixedCell {
   int64_t weights_size_ = 0;
   T *out_, *saved_, *statistics_;
   std::vector<double> moments_;                  // [N, planes, 2]
-  // Gradients of the nodes [N, nodes, channels as of unshuffled], and of the first normalisation's output in the sep_convs of a group.
+  // Gradients of the nodes [N, nodes, channels as of `unshuffled`], and of the first normalisation's output in the
+  // sep_convs of a group.
   T *gradient_, *half_gradient_;
   std::vector<double> sums_, dot_products_, half_sums_, rest_products_;
   std::vector<T> node_mean_, d_mean_, slope_;    // mean gradients of nodes; arguments of batch_norm_backward by plane
@@ -640,7 +641,8 @@ Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float 
   const int64_t stride = space.reduction ? 2 : 1;
   require(x.size() == 4 && x[1] > 0 && x[1] % 4 == 0 && x[2] > 0 && x[3] > 0 && x[2] % stride + x[3] % stride == 0,
           "the states have to be [N, 2 C, H, W] with an even C, and in a reduction cell an even H and W");
-  require(x[1] % (2 * stride * space.partial) == 0, "partial_channels does not divide the channels of a state");
+  require(x[1] % (2 * stride * space.partial) == 0,
+          "partial_channels does not divide the channels of a state, or in a reduction cell leaves an odd number");
   check_shape("the tensor of mixing weights", inputs[1], {space.edges, space.columns});
   return {x[0], space.nodes * x[1] / 2, x[2] / stride, x[3] / stride};
 }

@@ -35,9 +35,9 @@ struct Group {
   std::vector<Edge> edges;
 };
 
-// The cell that the attributes of the operator describe. Planes are counted in units of C, the channels of an operation:
-// those of a state divided by `partial`. columns: of the mixing weights; the last one is the weight of the edge if
-// partial > 1.
+// The cell that the attributes of the operator describe. Planes are counted in units of C, the channels of an
+// operation: those of a state divided by `partial`. columns: of the mixing weights; the last one is the weight of the
+// edge if partial > 1.
 struct Space {
   std::vector<Convolution> convolutions;
   std::vector<PoolKind> pools;

@@ -88,7 +88,7 @@ def methods(args) -> list[dict]:
                 'PC-DARTS, first order': dict(unrolled=False, partial_channels=4),
                 'PC-DARTS, second order': dict(unrolled=True, partial_channels=4)}
     for batch_size in args.batch_size:
-        sides = {name: Side('project_search', batch_size=batch_size, **each) for name, each in settings.items()}
+        sides = {name: Side('project_search', batch_size=batch_size, **flags) for name, flags in settings.items()}
         seconds = alternate({name: side.step for name, side in sides.items()}, args.rounds)
         memory = {name: side.end() for name, side in sides.items()}
         rows += [{'what': f'{name}, batch {batch_size}, {what}', 'unit': unit, 'project': values[name],

@@ -38,8 +38,8 @@ from utils import UserError
 
 PUBLISHED = ['DARTS_PADDLE', 'DARTS_V2']
 # Flags of train_search.py that are equal for all methods, and flags of this script.
-COMMON_FLAGS = {'--epochs', '--seed', '--dataset', '--data', '--model_save_dir', '--resume', '--primitives', '--nodes',
-                '--random'}
+COMMON_FLAGS = {'--epochs', '--init_channels', '--layers', '--seed', '--dataset', '--data', '--model_save_dir',
+                '--resume', '--primitives', '--nodes', '--random'}
 OF_SIZE_TOLERANCE = 0.05         # of --random_of_size, relative to the mean number of weights of the searched genotypes
 OF_SIZE_FIRST_SEED = 1000        # so that its draws are not those of --random
 OF_SIZE_DRAWS = 200_000          # limit, minutes; a searched genotype may be larger than 99.9 % of the draws
@@ -56,11 +56,21 @@ def run(args, kind: str, name: str, seed: int, flags: list[str]) -> list[dict]:
     command = [sys.executable, os.path.join(ROOT, script), '--model_save_dir', folder, '--dataset', args.dataset,
                '--seed', str(seed), *(['--data', args.data] if args.data else []), *size_flags(args, kind)]
     print(f"{folder}: {'continuing' if started else 'starting'}", flush=True)
-    if subprocess.run(command + flags + ['--resume'] * started).returncode:
+    if execute(command + flags + ['--resume'] * started):
         raise UserError(f"{folder}: {script} ended early, its error message is above; "
                         "start this script again to continue")
     with open(os.path.join(folder, 'history.jsonl'), encoding='utf-8') as file:
         return [json.loads(line) for line in file]
+
+
+def execute(command: list[str]) -> int:
+    """Runs a command; returns its exit code. After Ctrl-C, which it receives too, it has time to save a checkpoint."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def folder_of(args, kind: str, name: str, seed: int) -> str:
@@ -76,6 +86,12 @@ def size_flags(args, kind: str) -> list[str]:
     return [text for flag, value in sizes_of(args, kind).items() for text in (f'--{flag}', str(value))]
 
 
+def data_of(args) -> dict:
+    """Returns the data set as settings of a run; of custom data the last part of the path, on any machine."""
+    custom = args.data and args.dataset in ('folder', 'npz')
+    return {'dataset': args.dataset, **({'data': os.path.basename(os.path.normpath(args.data))} if custom else {})}
+
+
 def log_of(args, kind: str, name: str, seed: int) -> str:
     return utils.read_text(os.path.join(folder_of(args, kind, name, seed), 'log.txt'))
 
@@ -87,7 +103,7 @@ def space_of(args) -> SearchSpace:
 def search(args, results: Results, method: str, flags: list[str], seed: int) -> dict:
     """Returns the line of the search of a method with a seed."""
     space = space_of(args)
-    settings = {'dataset': args.dataset, **sizes_of(args, 'search'), 'space': space.as_dict(), 'flags': flags}
+    settings = {**data_of(args), **sizes_of(args, 'search'), 'space': space.as_dict(), 'flags': flags}
     line = results.find('search', method, seed, settings)
     if not line:
         lines = run(args, 'search', method, seed,
@@ -110,7 +126,7 @@ def search(args, results: Results, method: str, flags: list[str], seed: int) -> 
 
 def train(args, results: Results, group: str, name: str, genotype: Genotype, seed: int) -> dict:
     """Trains a genotype; returns its row of the table."""
-    settings = {'dataset': args.dataset, **sizes_of(args, 'train')}
+    settings = {**data_of(args), **sizes_of(args, 'train')}
     line = results.find('train', name, seed, settings, genotype)
     if not line:
         lines = run(args, 'train', name, seed, ['--arch', genotypes.dumps(genotype), '--auxiliary', 'False',
@@ -195,6 +211,8 @@ def method(text: str) -> tuple[str, list[str]]:
     if not found or not re.fullmatch('[A-Za-z0-9-]+', name):
         raise ArgumentTypeError(f"{text!r} is not NAME=FLAGS, such as first='--unrolled False', with a name of "
                                 "letters, digits and hyphens")
+    if name in ('published', 'random', 'random-of-size'):
+        raise ArgumentTypeError(f"{name} is the name of another group: give the method another one")
     try:
         flags = shlex.split(flags)
     except ValueError as error:
@@ -251,18 +269,12 @@ def parse_args(argv: list[str] | None = None):
     args.results = args.results or os.path.join(args.out, 'results.jsonl')
     groups = [*args.search, *['published'] * bool(args.genotypes), *['random'] * bool(args.random),
               *['random-of-size'] * bool(args.random_of_size)]
-    if len(set(groups)) < len(groups):
-        parser.error("--search: published, random and random-of-size are names of other groups, not of methods")
     if args.search and len(args.search) < len(given):
         parser.error("--search: two methods have the same name: give each its own")
     if not groups or args.random_of_size and not args.search:
         parser.error("--random_of_size needs searches: give --search_seeds" if groups else "nothing to compare")
-    for name, flags in args.search.items():
-        first = search_arguments(args, flags).arch_start_epoch
-        if first >= args.search_epochs:
-            parser.error(f"--search {name}: alpha would not be searched, as {first} epochs train only the weights and "
-                         f"--search_epochs is {args.search_epochs}: add --arch_start_epoch 1 to its flags, or search "
-                         "longer")
+    for flags in args.search.values():
+        search_arguments(args, flags)
     if args.compare is None:
         args.compare = [(name, 'random') for name in args.search if 'random' in groups]
     for flag, choices in (('compare', groups), ('paired', list(args.search))):
