@@ -48,7 +48,7 @@ def main():
         architect = Architect(supernet, optimizer, unrolled=order == 2)
         supernet.store.set('velocity', velocity(supernet))
         architect.step(*batches(distributed.rank), lr=LR)
-        results[f'{order}'] = np.stack(list(architect.alpha_gradients().values()))
+        results[f'{order}'] = np.concatenate([array.reshape(-1) for array in architect.alpha_gradients().values()])
         results[f'alphas {order}'] = supernet.store.get('alphas')
     np.savez(f'{sys.argv[1]}.{distributed.rank}.npz', **results)
 

@@ -64,6 +64,7 @@ def test_damaged_checkpoints_end_in_an_error_or_the_right_arrays():
 
 
 @pytest.mark.slow
+@pytest.mark.paddle_free                    # in minutes, so on one version
 def test_damaged_files_of_every_format_end_in_an_error_or_a_right_result():
     output = run_well('scripts/dev/fuzz_readers.py', '--count', '100')
     for name in ('checkpoint (.npz)', 'weights (.npz), inside', 'genotype.json', 'history.jsonl', 'list of ImageNet',

@@ -103,6 +103,7 @@ def test_one_line_when_no_check_can_run(tmp_path, arguments, environment, line):
 
 
 @pytest.mark.slow
+@pytest.mark.paddle_free                    # in minutes, so on one version
 def test_all_checks_on_the_cpu(tmp_path):
     done = gpu_check('--use_gpu', 'False', '--quick', '--out', tmp_path / 'out')
     assert done.returncode == 0, done.stdout + done.stderr

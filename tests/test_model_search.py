@@ -97,10 +97,16 @@ def test_loss_and_all_gradients_in_another_search_space(operators, name):
         np.testing.assert_array_equal(supernet.store.get('alpha_gradient'), expected)
 
 
-# Partial channels K, channels, layers, name of the space.
-@pytest.mark.parametrize('partial, channels, layers, name', [
-    (2, 4, 4, None), (4, 8, 3, None), (4, 4, 3, '3_nodes'), (2, 6, 3, 'with_sep_conv_7x7'), (2, 2, 3, '1_node'),
-    (2, 4, 3, 's2_reversed'), (3, 6, 3, 'one_pool'), (2, 2, 3, 'only_skip_connect'), (2, 4, 3, 'one_convolution')])
+# Partial channels K, channels, layers, name of the space. With Paddle's operators most of them take long.
+PARTIAL = ((2, 4, 4, None), (4, 8, 3, None), (4, 4, 3, '3_nodes'), (2, 6, 3, 'with_sep_conv_7x7'), (2, 2, 3, '1_node'),
+           (2, 4, 3, 's2_reversed'), (3, 6, 3, 'one_pool'), (2, 2, 3, 'only_skip_connect'),
+           (2, 4, 3, 'one_convolution'))
+
+
+@pytest.mark.parametrize('operators, partial, channels, layers, name', [
+    pytest.param(compiled, *case, id='-'.join(map(str, ('custom_ops' if compiled else 'paddle_ops', *case))),
+                 marks=[] if compiled or case[3] in ('3_nodes', 'one_pool') else [pytest.mark.slow])
+    for compiled in (False, True) for case in PARTIAL], indirect=['operators'])
 def test_partial_channels(operators, partial, channels, layers, name):
     primitives, nodes = SPACES[name] if name else (PRIMITIVES, 4)
     supernet = Supernet(channels, CLASSES, layers, 'float64', image_size=8, space=SearchSpace(primitives, nodes),

@@ -227,6 +227,7 @@ def test_the_compiler_may_have_arguments(monkeypatch, caplog, cache, compiler, r
 
 
 @pytest.mark.slow
+@pytest.mark.paddle_free                    # in minutes, so on one version
 def test_the_operators_are_compiled_into_a_folder_with_a_difficult_name(monkeypatch, cache):
     """With arguments for the compiler, by a project in such a folder, and in a new process that loads them."""
     monkeypatch.setenv('CXX', 'g++ -pipe')

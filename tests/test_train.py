@@ -291,7 +291,9 @@ TRAINING = dict(given=set(), arch='DARTS_PADDLE', auxiliary=True, auxiliary_weig
 @pytest.mark.parametrize('script, defaults', [
     (train_search, dict(CIFAR, batch_size=64, epochs=50, init_channels=16, layers=8, learning_rate_min=0.001,
                         train_portion=0.5, arch_learning_rate=3e-4, arch_weight_decay=1e-3, unrolled=True,
-                        stop_at_skips=None, model_save_dir='search', nodes=4, primitives=[
+                        stop_at_skips=None, curvature_freq=None, stop_at_curvature=None, recipe='darts',
+                        partial_channels=1, arch_start_epoch=0, random=False, model_save_dir='search', nodes=4,
+                        primitives=[
                             'none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3', 'sep_conv_5x5',
                             'dil_conv_3x3', 'dil_conv_5x5'])),
     (train, dict(CIFAR, **TRAINING, batch_size=96, epochs=600, init_channels=36, layers=20, drop_path_prob=0.2,
