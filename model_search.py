@@ -404,11 +404,10 @@ class Supernet(FlatNetwork):
 
         Raises UserError for a weight or parameter that is missing, unknown or of a wrong shape.
         """
-        names = tuple(self.architecture.shapes)
         alphas = {name: array for name, array in weights.items() if name.startswith(('alphas_', 'betas_'))}
         weights = {name: array for name, array in weights.items() if name not in alphas}
         self.check_complete(weights)
-        missing = [name for name in names if alphas and name not in alphas]
+        missing = [name for name in self.architecture.shapes if alphas and name not in alphas]
         if missing:
             raise UserError(f"{missing[0]} is missing, {', '.join(alphas)} is given")
         self.set_weights(weights)

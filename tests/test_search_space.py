@@ -139,10 +139,11 @@ def test_a_resumed_search_of_another_space_equals_the_uninterrupted_one(tmp_path
     assert_equal_runs(tmp_path / 'resumed', tmp_path / 'uninterrupted')
 
 
-def test_gradients_of_an_operation_without_a_normalisation():
+@pytest.mark.parametrize('partial', [1, 2])
+def test_gradients_of_an_operation_without_a_normalisation(partial):
     """Against numeric differentiation: the supernet multiplies the result by the mixing weights."""
     space = SearchSpace(('plain_1x1', 'skip_connect', 'none'), 2)
-    supernet = Supernet(2, 3, 3, 'float64', image_size=8, space=space)
+    supernet = Supernet(2, 3, 3, 'float64', image_size=8, space=space, partial_channels=partial)
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(4, 3, 8, 8)), rng.integers(0, 3, (4, 1))
     supernet.store.set('alphas', rng.normal(size=supernet.store.get('alphas').shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import genotypes
 import utils
 
 
@@ -46,16 +47,18 @@ def welch(a: list[float], b: list[float]) -> dict:
     """Welch's test of equal means of two independent groups, two-sided: difference of the means, t, df, p."""
     if min(len(a), len(b)) < 2 or not statistics.pvariance(a) + statistics.pvariance(b):
         raise ValueError("Welch's test needs two groups of at least two genotypes that differ")
-    result = import_scipy().ttest_ind(a, b, equal_var=False)
-    return {'difference': statistics.mean(a) - statistics.mean(b), 't': float(result.statistic),
-            'df': float(result.df), 'p': float(result.pvalue)}
+    return _as_dict(a, b, import_scipy().ttest_ind(a, b, equal_var=False))
 
 
 def paired(a: list[float], b: list[float]) -> dict:
     """The paired test of equal means of a[i] and b[i], two-sided: as `welch`."""
     if len(a) < 2 or not statistics.pvariance([x - y for x, y in zip(a, b)]):
         raise ValueError("the paired test needs at least two pairs whose differences differ")
-    result = import_scipy().ttest_rel(a, b)
+    return _as_dict(a, b, import_scipy().ttest_rel(a, b))
+
+
+def _as_dict(a: list[float], b: list[float], result) -> dict:
+    """Returns the difference of the means of a and b, and t, df and p of scipy's result of a test."""
     return {'difference': statistics.mean(a) - statistics.mean(b), 't': float(result.statistic),
             'df': float(result.df), 'p': float(result.pvalue)}
 
@@ -71,8 +74,7 @@ def method_table(searches: list[dict]) -> list[str]:
         found = [line for line in searches if line['name'] == name]
         images = [f"{statistics.mean(line[key] for line in found):,.0f}" if all(key in line for line in found) else ''
                   for key in ('images', 'alpha_images')]
-        skips = statistics.mean(sum(operation == 'skip_connect' for operation, _ in line['genotype']['normal'])
-                                for line in found)
+        skips = statistics.mean(genotypes.skip_connects(genotypes.check(line['genotype'])) for line in found)
         lines.append(f"| {name} | {' '.join(found[0]['settings']['flags'])} | {len(found)} | {' | '.join(images)} "
                      f"| {skips:.1f} | {statistics.mean(line['seconds'] for line in found):.0f} |")
     return lines if searches else []
