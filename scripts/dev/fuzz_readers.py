@@ -224,8 +224,8 @@ def npz_subjects(folder: Path) -> Iterator[Subject]:
         return metadata, convert_weights.check_discrete(genotype, weights)
 
     def read_supernet():
-        space, weights = convert_weights.read_supernet(path)
-        weights = convert_weights.check_supernet(weights, space)
+        space, partial_channels, weights = convert_weights.read_supernet(path)
+        weights = convert_weights.check_supernet(weights, space, partial_channels)
         assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in weights.values())
         return weights
 
