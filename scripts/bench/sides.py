@@ -27,6 +27,7 @@ import utils
 
 import numpy as np
 
+ENVIRONMENT = dict(os.environ)              # of the sides; Paddle sets OMP_NUM_THREADS to 1 when it is imported
 CHANNELS, LAYERS = 16, 8                    # of the supernet
 TRAINED_CHANNELS, TRAINED_LAYERS = 36, 20   # of DARTS_PADDLE for CIFAR-10
 
@@ -44,7 +45,7 @@ class Side:
     def __init__(self, name: str, **settings):
         self.name = name
         self.process = subprocess.Popen([sys.executable, __file__, name, json.dumps(settings)],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         self.answer = self._read()
 
     def step(self) -> None:
