@@ -4,12 +4,14 @@
     python scripts/bench/benchmark.py search_step training_step      # steps, next to PyTorch: pip install torch
     python scripts/bench/benchmark.py search_step --sizes 4x5x64     # channels x cells x batch, instead of the defaults
     python scripts/bench/benchmark.py search_step --avx2             # without AVX-512, on both sides
+    python scripts/bench/benchmark.py machine                  # arithmetic, share of the matrix rate, phases of a step
+    python scripts/bench/benchmark.py shared                   # steps next to a process that occupies a core
     python scripts/bench/benchmark.py start                    # --full: also the size of the search, ten minutes more
     python scripts/bench/benchmark.py cifar_input imagenet_input --rounds 9 --json
-    python scripts/bench/benchmark.py search_step --save NAME      # also writes scripts/bench/results/NAME.json
+    python scripts/bench/benchmark.py search_step machine --save NAME      # also writes scripts/bench/results/NAME.json
 
 The peer of the steps is tests/reference/pytorch.py. The peer of `start` and `launches` is edge_by_edge.py, that of
-`methods` first-order DARTS. Each side is a process of its own (sides.py). A peer
+`methods` first-order DARTS, that of `shared` the same step alone. Each side is a process of its own (sides.py). A peer
 that computes the same function has to give the same results before it is timed.
 
 A time is the median of --rounds calls of each side, called alternately. The numbers in brackets are its lowest and
@@ -37,6 +39,7 @@ import numpy as np
 import record
 from gpu import host, launches, memory
 from inputs import cifar_input, imagenet_input
+from machine import machine, shared
 
 SMALL_SIZES = (4, 3), (4, 4), (4, 5)         # channels and cells that are built edge by edge within minutes
 
@@ -156,8 +159,8 @@ def start(args) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
-PARTS = {part.__name__: part for part in (start, search_step, methods, training_step, cifar_input, imagenet_input,
-                                          growth, launches, host, memory)}
+PARTS = {part.__name__: part for part in (start, search_step, methods, training_step, machine, shared, cifar_input,
+                                          imagenet_input, growth, launches, host, memory)}
 
 
 def size(text: str) -> Size:
@@ -181,9 +184,9 @@ def main() -> None:
     add('parts', nargs='*', metavar='part', help=f"parts to measure: {', '.join(PARTS)} (all)")
     add('--rounds', type=utils.number(int, 1), default=7, help='timed calls per side (%(default)s)')
     add('--sizes', type=size, nargs='+', metavar='CxCELLSxBATCH',
-        help=f"sizes of search_step, methods and training_step (of a search: "
+        help=f"sizes of search_step, methods, training_step, machine and shared (of a search: "
              f"{' '.join('x'.join(map(str, size)) for size in SEARCH_SIZES)}, of a training: "
-             f"{' '.join('x'.join(map(str, size)) for size in TRAINING_SIZES)}; methods: some of them)")
+             f"{' '.join('x'.join(map(str, size)) for size in TRAINING_SIZES)}; methods and shared: some of them)")
     add('--avx2', action='store_true', help='both sides without AVX-512, as on a processor that lacks it')
     add('--compile', action='store_true', help='torch.compile as a third peer of the steps; it compiles for minutes')
     add('--full', action='store_true', help='start also edge by edge at the size of the search, ten minutes')

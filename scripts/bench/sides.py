@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
+import itertools
 import json
 import os
 import signal
@@ -314,6 +316,41 @@ def project_operators(batch_size: int, channels: int, layers: int) -> None:
     serve({'shares': [(name, 100 * time / total) for name, time in times.most_common(8)]})
 
 
+def project_phases(task: str, steps: int = 3, **settings) -> None:
+    """The percentages of the time of steps that the phases of the compiled operators take, and everything else.
+
+    100 % are all threads during the steps. Operators of Paddle count as if they occupied all threads, because the
+    executor runs one operator at a time.
+    """
+    os.environ['CXXFLAGS'] = os.environ.get('CXXFLAGS', '') + ' -DDARTS_PROFILE'     # before custom_ops is imported
+    from engine import custom_ops
+    import paddle
+    *_, step = {'search': prepare_search, 'training': prepare_training}[task](**settings)
+    if not custom_ops.enabled():
+        raise utils.UserError("no phases can be measured: the compiled operators are off, the reason is above")
+    library = ctypes.CDLL(custom_ops.library_path())
+    names = itertools.takewhile(bool, (ctypes.c_char_p * 16).in_dll(library, 'darts_phase_names'))
+    seconds = (ctypes.c_double * 16).in_dll(library, 'darts_phase_seconds')
+    walls = []
+
+    def timed_step():
+        began = time.perf_counter()
+        step()
+        walls.append(time.perf_counter() - began)
+    timed_step()
+    walls, before = [], list(seconds)
+    for _ in range(steps):
+        timed_step()
+    percent = {name.decode(): 100 * (after - first) / sum(walls) / custom_ops.threads()
+               for name, first, after in zip(names, before, seconds)}
+    # Steps of their own, because the profiler takes time.
+    walls = []
+    operators = sum(event.end_ns - event.start_ns for event in profile(timed_step, steps)
+                    if event.type == paddle.base.core.TracerEventType.Operator and 'darts_' not in event.name)
+    percent["Paddle's own operators"] = operators / sum(walls) / 1e7
+    serve({'percent': dict(percent, host=100 - sum(percent.values()))})
+
+
 # ---------------------------------------------------------------------------------------------------
 # Peers
 
@@ -391,9 +428,16 @@ def pytorch_training(batch_size: int, channels: int, layers: int, weights: str, 
     serve({'loss': float(total_loss().detach())}, step)
 
 
+def matrix_product(size: int) -> None:
+    """Products of two square float32 matrices by numpy, which uses all cores; the process does not import Paddle."""
+    left, right = np.random.default_rng(0).normal(size=(2, size, size)).astype('float32')
+    result = np.empty_like(left)
+    serve({}, lambda: np.matmul(left, right, out=result))
+
+
 SIDES = {side.__name__: side for side in (project_search, project_training, project_start, project_waiting,
-                                          project_host, project_operators, edge_by_edge_start,
-                                          pytorch_search, pytorch_training)}
+                                          project_host, project_operators, project_phases, edge_by_edge_start,
+                                          pytorch_search, pytorch_training, matrix_product)}
 
 
 if __name__ == '__main__':
