@@ -136,6 +136,8 @@ def _load() -> bool:
     from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
     load_op_meta_info_and_register_op(path)
     ctypes.c_int.in_dll(library, 'darts_threads').value = threads()
+    # The products of Paddle's own operators depend on the number of threads (MKL), so one thread computes them.
+    paddle.base.core.set_num_threads(1)
     # One operator after the other: each of them uses all cores. Paddle 2.6 has no such flag.
     with contextlib.suppress(ValueError):
         paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})

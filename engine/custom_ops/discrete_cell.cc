@@ -52,7 +52,7 @@ class Operation {
 // Copies (with add: adds) n images of `size` numbers.
 template <typename T>
 void copy_images(int64_t n, int64_t size, Images<const T> from, bool add, Images<T> to) {
-#pragma omp parallel for schedule(static) num_threads(threads())
+#pragma omp parallel for schedule(dynamic) num_threads(threads())
   for (int64_t k = 0; k < n; ++k) {
     const T* source = from.data + k * from.image;
     T* target = to.data + k * to.image;
@@ -104,7 +104,7 @@ class Pool : public Operation<T> {
     {
       Scratch<T> scratch(pools_.bordered_size() + g_.size);
       T *bordered = scratch.take(pools_.bordered_size()), *pooled = scratch.take(g_.size);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (int64_t n = 0; n < n_; ++n)
         for (int64_t c = 0; c < channels_; ++c) {
           const T* from = x.data + n * x.image + c * g_.h * g_.w;
@@ -125,7 +125,7 @@ class Pool : public Operation<T> {
       Scratch<T> scratch(2 * pools_.bordered_size() + 2 * g_.size + g_.out_w);
       T *bordered = scratch.take(pools_.bordered_size()), *gradient = scratch.take(pools_.bordered_size());
       T *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (int64_t n = 0; n < n_; ++n)
         for (int64_t c = 0; c < channels_; ++c) {
           const T *from = x.data + n * x.image + c * g_.h * g_.w, *d_plane = d.data + n * d.image + c * g_.size;
@@ -194,7 +194,7 @@ class ConvNorm : public Operation<T> {
       Scratch<T> scratch(padded_size() + inner_size());
       T *padded = scratch.zeros(padded_size()), *inner = scratch.zeros(inner_size());
       for (int stage = 0; stage < stages_; ++stage) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < n_; ++n) {
           T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           if (kernel_ > 1) {
@@ -211,7 +211,7 @@ class ConvNorm : public Operation<T> {
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
             compute_moments(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t c = 0; c < c_; ++c) {
           const int64_t at = stage * 2 * c_ + c;                              // the mean; the variance is at + c_
           double mean = running_[at], variance = running_[at + c_];
@@ -224,7 +224,7 @@ class ConvNorm : public Operation<T> {
         }
       }
       const int64_t last = (stages_ - 1) * c_;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (int64_t n = 0; n < n_; ++n) {
         const T keep = mask[n];
         for (int64_t c = 0; c < c_; ++c) {
@@ -251,12 +251,12 @@ class ConvNorm : public Operation<T> {
                 T* first_gradient) override {
     const int64_t depthwise_size = depthwise_.size, pointwise_size = pointwise_.size;
     const std::vector<T> flipped = flip(depthwise_.value, depthwise_size / taps(), taps());
-    PartialSums<T> partial;
+    PartialSums<T> partial(n_, depthwise_size + pointwise_size);
     std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
 #pragma omp parallel num_threads(threads())
     {
-      T* const weight_gradients = partial.thread_sums(depthwise_size + pointwise_size);
+      partial.clear();
       const int64_t in_plane = kernel_ == 1 || first_.stride == 1 ? first_.step : first_.plane;
       const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
@@ -284,13 +284,13 @@ class ConvNorm : public Operation<T> {
           return kept;
         };
         if (last) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
           for (int64_t n = 0; n < n_; ++n)
             for (int64_t c = 0; c < c_; ++c)
               sum_gradient(first_, out_gradient_of(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_,
                            mean_rstd[2 * c], sums.data() + (n * c_ + c) * 2);
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 8)
         for (int64_t c = 0; c < c_; ++c) {
           double total = 0, dot = 0;
           for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
@@ -301,8 +301,7 @@ class ConvNorm : public Operation<T> {
           slope[c] = normalisation_.training ? rstd * rstd * dot / count : 0;
         }
         if (kernel_ > 1) std::fill(bordered, bordered + g.plane, T(0));
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
+        partial.for_images([&](int64_t n, T* weight_gradients) {
           const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           for (int64_t c = 0; c < c_; ++c)
             batch_norm_backward(first_, out_gradient_of(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1],
@@ -341,11 +340,11 @@ class ConvNorm : public Operation<T> {
               }
             }
           }
-        }
+        });
       }
+      partial.add_to(depthwise_.gradient, 0, depthwise_size);
+      partial.add_to(pointwise_.gradient, depthwise_size, pointwise_size);
     }
-    if (kernel_ > 1) partial.add_to(depthwise_.gradient, 0, depthwise_size);
-    partial.add_to(pointwise_.gradient, depthwise_size, pointwise_size);
   }
 
  private:
