@@ -26,7 +26,7 @@ from engine.console import Elapsed
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
+SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc', 'preprocessing.cc')]
 HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
 DIGEST_SIZE = hashlib.sha256().digest_size
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
@@ -101,6 +101,17 @@ def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, part
                          {'primitives': list(primitives), 'nodes': nodes, 'reduction': reduction,
                           'partial_channels': partial_channels, 'weight_gradients': weight_gradients,
                           'epsilon': epsilon})[0]
+
+
+def preprocessing(s0, s1, weights, weight_gradients: bool, epsilon: float):
+    """Adds the preprocessing of both inputs of a supernet cell as one operator.
+
+    s0 [N, C0, H0, W0], s1 [N, C1, H, W]: outputs of the two cells before; weights: the kernels [C, C0, 1, 1] and
+    [C, C1, 1, 1], or with H0 = 2 * H the two [C / 2, C0, 1, 1] of FactorizedReduce and [C, C1, 1, 1];
+    weight_gradients, epsilon: as of `mixed_cell`. Returns [N, 2 * C, H, W]: ReLU, convolution, normalisation.
+    """
+    return _add_operator('darts_preprocessing', {'Inputs@VECTOR': [s0, s1, *weights]}, ['Out', 'Statistics'],
+                         {'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
 
 
 def _add_operator(operator: str, inputs: dict, outputs: list[str], attributes: dict) -> list:
