@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -20,9 +21,54 @@
 // depends on it.
 extern "C" int darts_threads;
 
+// What threads spend their time on. scripts/bench compiles the library with -DDARTS_PROFILE to measure it.
+enum class Phase { kPad, kDepthwise, kPointwise, kNormalisation, kPools, kSums, kWaiting, kOther };
+#ifdef DARTS_PROFILE
+extern "C" double darts_phase_seconds[16];       // by phase, of all threads together
+extern "C" const char* darts_phase_names[16];    // null at the end
+#endif
+
 namespace {
 
 using paddle::Tensor;
+
+// The time until its end counts for a phase, except that of a Timed object that begins later.
+class Timed {
+#ifdef DARTS_PROFILE
+ public:
+  explicit Timed(Phase phase) : phase_(phase), outer_(innermost()), began_(now()) {
+    if (outer_) outer_->count(began_);
+    innermost() = this;
+  }
+  ~Timed() {
+    count(now());
+    innermost() = outer_;
+    if (outer_) outer_->began_ = began_;
+  }
+  Timed(const Timed&) = delete;
+
+ private:
+  static Timed*& innermost() {
+    static thread_local Timed* innermost = nullptr;
+    return innermost;
+  }
+  static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+  void count(double time) {
+#pragma omp atomic
+    darts_phase_seconds[int(phase_)] += time - began_;
+    began_ = time;
+  }
+
+  const Phase phase_;
+  Timed* const outer_;
+  double began_;
+#else
+ public:
+  explicit Timed(Phase) {}
+#endif
+};
 
 // Bytes per vector register and number of vector registers of the processor.
 #ifdef __AVX512F__
@@ -475,6 +521,7 @@ class Separable : public SeparableConvolution<T> {
 
   void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
     depthwise(padded, weight, inner);
+    Timed timed(Phase::kPointwise);
     multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size);
   }
 
@@ -483,9 +530,14 @@ class Separable : public SeparableConvolution<T> {
                 T* in_gradient) const override {
     if (weight_gradient) {
       depthwise(padded, weight, inner);
+      Timed timed(Phase::kPointwise);
       add_outer<T, L>(gradient, g.step, inner, g.step, channels, channels, g.size, pointwise_gradient);
     }
-    multiply<T, L>(pointwise, 1, channels, gradient, g.step, channels, channels, g.size, inner_gradient, g.step);
+    {
+      Timed timed(Phase::kPointwise);
+      multiply<T, L>(pointwise, 1, channels, gradient, g.step, channels, channels, g.size, inner_gradient, g.step);
+    }
+    Timed timed(Phase::kDepthwise);
     for (int64_t c = 0; c < channels; ++c) {
       const T* d = inner_gradient + c * g.step;
       if (weight_gradient)
@@ -502,6 +554,7 @@ class Separable : public SeparableConvolution<T> {
 
  private:
   void depthwise(const T* padded, const T* weight, T* inner) const {
+    Timed timed(Phase::kDepthwise);
     for (int64_t c = 0; c < channels; ++c)
       correlate<T, L, K, false>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
   }
@@ -804,8 +857,13 @@ class RectifiedGrid {
 // whose core is busy with another process takes fewer. Returns when all calls have returned.
 template <typename F>
 void share(int64_t count, int64_t chunk, F f) {
-#pragma omp for schedule(dynamic, chunk)
-  for (int64_t k = 0; k < count; ++k) f(k);
+  {
+    Timed timed(Phase::kOther);
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t k = 0; k < count; ++k) f(k);
+  }
+  Timed timed(Phase::kWaiting);
+#pragma omp barrier
 }
 
 // Gradients of weights, summed over the images of a batch in an order that does not depend on the threads: first within
@@ -835,6 +893,7 @@ class PartialSums {
   // In a parallel region: adds the sums of all parts, from index `first` on, to `to` [size]; does not wait for the other
   // threads.
   void add_to(T* to, int64_t first, int64_t size) const {
+    Timed timed(Phase::kSums);
     constexpr int64_t kBlock = 4096;
 #pragma omp for schedule(dynamic) nowait
     for (int64_t begin = 0; begin < size; begin += kBlock)

@@ -170,6 +170,7 @@ class MixedCell {
       }
       if (stage || !space_.has_reduce(group)) continue;
       const int64_t plane = space_.reduce_plane(group, edge);
+      Timed timed(Phase::kPointwise);
       for (int half = 0; half < 2; ++half)
         multiply<T, L>(weight(g, 2 * space_.stages + half, edge, work).value, c_, 1, work.grids[half], nodes_.step,
                        c_ / 2, c_, size_, result(n, plane, half * (c_ / 2)), size_);
@@ -177,6 +178,7 @@ class MixedCell {
     }
   }
   void start_state(int g, int64_t n, int s, Workspace& work) {
+    Timed timed(Phase::kPools);
     pad_state(g, n, s, work);
     const T* state = state_planes(n, s);
     const int64_t state_size = geometry_of(g).h * geometry_of(g).w;
@@ -194,6 +196,7 @@ class MixedCell {
 
   // Adds the edges of a group to the nodes of one image.
   void add_edges(int g, int64_t n, Workspace& work) {
+    Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
     T* total = work.total;
     for (int node = group.first_node; node < space_.nodes; ++node)
@@ -266,12 +269,14 @@ class MixedCell {
 
   // Copies the gradients of the nodes of one image, in the order before the shuffle.
   void start_gradients(int64_t n, const T* out_gradient) {
+    Timed timed(Phase::kSums);
     for (int64_t k = n * space_.nodes * state_c_; k < (n + 1) * space_.nodes * state_c_; ++k)
       expand_rows(out_gradient + k * nodes_.h * nodes_.w,
                   gradient_ + (k / state_c_ * state_c_ + unshuffled(k % state_c_)) * size_);
   }
   // Computes, for one image, the sums of the nodes' gradients d, and of d (y - mean) at the end of every operation.
   void sum_gradients(int g, int64_t n, Workspace& work) {
+    Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
     for (int64_t k = group.first_node * c_; k < space_.nodes * c_; ++k) {
       const T* d = node_gradient(n, k / c_, k % c_);
@@ -314,6 +319,7 @@ class MixedCell {
     const Group& group = space_.groups[g];
     const int64_t node_planes = space_.nodes * c_, ends = end_count();
     share(c_, kCacheLine / sizeof(double), [&](int64_t c) {
+      Timed timed(Phase::kNormalisation);
       std::vector<double> node_mean(space_.nodes, 0), pool_sums(2 * group.states * space_.pools.size(), 0);
       for (int node = group.first_node; node < space_.nodes; ++node) {
         double total = 0;
@@ -368,6 +374,7 @@ class MixedCell {
       const Edge& edge = group.edges[k / space_.convolutions.size()];
       const Convolution& convolution = space_.convolutions[k % space_.convolutions.size()];
       if (convolution.kind.stages == 1) return;
+      Timed timed(Phase::kNormalisation);
       for (int64_t c = 0; c < c_; ++c) {
         double total = 0, dot = 0;
         for (int64_t n = 0; n < n_; ++n) {
@@ -383,6 +390,7 @@ class MixedCell {
   // Computes the gradient of the input of a normalisation of C planes. d: C planes, the gradient of its output divided
   // by `scale`.
   void differentiate_norm(int64_t n, int64_t plane, const T* d, T scale, T* to) const {
+    Timed timed(Phase::kNormalisation);
     for (int64_t c = 0; c < c_; ++c)
       batch_norm_backward(nodes_, d + c * size_, result(n, plane, c), scale * rstd_of(plane, c),
                           d_mean_[plane * c_ + c], mean_of(plane, c), slope_[plane * c_ + c], to + c * nodes_.step);
@@ -417,6 +425,7 @@ class MixedCell {
         convolutions_[place][convolution.number]->backward(
             work.padded[place], depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
             work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, work.in_gradient);
+        Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < c_ && stage; ++c)
           normalised_relu_backward<T, L>(nodes_, result(n, first_plane, c), T(1), mean_of(first_plane, c), T(0),
                                          work.in_gradient + c * nodes_.step, half_gradient_ + (half + c) * size_,
@@ -428,6 +437,7 @@ class MixedCell {
   // Computes the gradient of a state: through the ReLU of the convolutions, and through pools and identity without one.
   // That of an input is written, that of a node is added to the node's gradient.
   void finish_state(int g, int64_t n, int s, T* x_gradient, Workspace& work) {
+    Timed timed(Phase::kPad);
     const Geometry& geometry = geometry_of(g);
     const T* state = state_planes(n, s);
     const int64_t plane_size = geometry.h * geometry.w;
@@ -486,6 +496,7 @@ class MixedCell {
     const Group& group = space_.groups[g];
     const T* plane = state_planes(n, s) + c * geometry_of(g).h * geometry_of(g).w;
     if (!space_.pools.empty()) std::fill_n(work.pool_gradient, pools_of(g).bordered_size(), T(0));
+    Timed timed(Phase::kPools);
     for (size_t k = 0; k < space_.pools.size(); ++k) {
       const int64_t pool = space_.pool_plane(group, s, k);
       T* d = work.total;
@@ -514,6 +525,7 @@ class MixedCell {
 
   // Adds the gradient of a state through FactorizedReduce to `to`, C planes [h, w].
   void differentiate_reduce(int g, int64_t n, int s, T* to, Workspace& work) const {
+    Timed timed(Phase::kPointwise);
     const T* state = state_planes(n, s);
     for (int half = 0; half < 2; ++half) {
       if (work.weights) grid_.gather(state, half, work.grids[half]);
@@ -598,11 +610,13 @@ class MixedCell {
       std::memcpy(to + i * nodes_.w, from + i * nodes_.out_row, nodes_.columns() * sizeof(T));
   }
   void pad_state(int g, int64_t n, int s, Workspace& work) const {
+    Timed timed(Phase::kPad);
     const Geometry& geometry = geometry_of(g);
     for (int64_t c = 0; c < c_ && !space_.convolutions.empty(); ++c)
       pad(geometry, state_planes(n, s) + c * geometry.h * geometry.w, work.padded[g > 0] + c * geometry.plane);
   }
   void pad_normalised(int64_t n, int64_t plane, T* padded) const {
+    Timed timed(Phase::kPad);
     for (int64_t c = 0; c < c_; ++c)
       normalise_relu(second_, result(n, plane, c), nodes_.out_row, rstd_of(plane, c), mean_of(plane, c), T(0),
                      padded + c * second_.plane);
@@ -610,11 +624,13 @@ class MixedCell {
   // Computes the moments of C planes of one image; combines those of all images to the statistics of the planes
   // [first, end).
   void compute_all_moments(int64_t n, int64_t plane) {
+    Timed timed(Phase::kNormalisation);
     for (int64_t c = 0; c < c_; ++c)
       compute_moments(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
   }
   void combine(int64_t first, int64_t end) {
     share((end - first) * c_, 16, [&](int64_t plane) {
+      Timed timed(Phase::kNormalisation);
       const int64_t k = first * c_ + plane;
       double mean, variance;
       combine_moments(moments_.data() + 2 * k, n_, 2 * planes(), nodes_.h * nodes_.w, &mean, &variance);

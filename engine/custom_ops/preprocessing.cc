@@ -53,10 +53,12 @@ class Preprocessing {
       share(2 * n_, 1, [&](int64_t k) {
         const Input<T>& input = inputs_[k % 2];
         for (size_t i = 0; i < input.kernels.size(); ++i) {
-          input.grid.gather(image_of(input, k / 2), i, grid);
+          gather(input, k / 2, i, grid);
+          Timed timed(Phase::kPointwise);
           multiply<T, L>(input.kernels[i].value, input.channels, 1, grid, step_, input.rows, input.channels,
                          input.geometry.size, y + i * input.rows * step_, step_);
         }
+        Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < c_; ++c) {
           compute_moments(input.geometry, y + c * step_, moments.data() + (k * c_ + c) * 2);
           compact_rows(input.geometry, y + c * step_, x + (k * c_ + c) * plane_);
@@ -68,6 +70,7 @@ class Preprocessing {
         means[c] = mean, rstd[c] = 1 / std::sqrt(variance + epsilon);
       });
       share(n_, 1, [&](int64_t n) {
+        Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < 2 * c_; ++c) {
           T* plane = x + (n * 2 * c_ + c) * plane_;
           const T mean = means[c], factor = rstd[c];
@@ -91,6 +94,7 @@ class Preprocessing {
       partial.clear();
       const Geometry plane = Geometry::of<T>(1, plane_, 1, 0, 1);
       share(n_, 1, [&](int64_t n) {
+        Timed timed(Phase::kNormalisation);
         for (int64_t k = n * 2 * c_; k < (n + 1) * 2 * c_; ++k)
           sum_gradient(plane, d + k * plane_, x + k * plane_, T(0), sums.data() + 2 * k);
       });
@@ -102,6 +106,7 @@ class Preprocessing {
       partial.for_images([&](int64_t n, T* weight_sums) {
         for (int i = 0; i < 2; ++i) {
           const Input<T>& input = inputs_[i];
+          Timed normalisation(Phase::kNormalisation);
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t channel = i * c_ + c, at = (n * 2 * c_ + channel) * plane_;
             differentiate_norm(input.geometry, d + at, x + at, rstd[channel], d_mean[channel], slope[channel],
@@ -110,13 +115,15 @@ class Preprocessing {
           for (size_t k = 0; k < input.kernels.size(); ++k) {
             const T* d_kernel = gradient + k * input.rows * step_;
             const auto& kernel = input.kernels[k];
+            Timed pointwise(Phase::kPointwise);
             if (weight_gradients) {
-              input.grid.gather(image_of(input, n), k, grid);
+              gather(input, n, k, grid);
               add_outer<T, L>(d_kernel, step_, grid, step_, input.rows, input.channels, input.geometry.size,
                               weight_sums + kernel.at);
             }
             multiply<T, L>(kernel.value, 1, input.channels, d_kernel, step_, input.channels, input.rows,
                            input.geometry.size, grid_gradient, step_);
+            Timed pad(Phase::kPad);
             input.grid.backward(image_of(input, n), k, grid_gradient, false,
                                 input.gradient + n * image_size(input));
           }
@@ -133,6 +140,10 @@ class Preprocessing {
   static int64_t image_size(const Input<T>& input) { return input.channels * input.geometry.h * input.geometry.w; }
   static const T* image_of(const Input<T>& input, int64_t n) { return input.data + n * image_size(input); }
 
+  static void gather(const Input<T>& input, int64_t n, int64_t k, T* grid) {
+    Timed timed(Phase::kPad);
+    input.grid.gather(image_of(input, n), k, grid);
+  }
   // Computes the gradient of the input of a normalisation from that of its output x: planes [h, w] -> a plane with
   // rounded-up rows, whose additional columns are kept.
   static void differentiate_norm(const Geometry& g, const T* d, const T* x, T rstd, T d_mean, T slope, T* to) {
