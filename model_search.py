@@ -221,11 +221,15 @@ class Cell:
 
         weight_gradients: whether the gradients of the weights are needed.
         """
-        x = batch_norm(paddle.concat([self.preprocess0.convolve(s0), self.preprocess1.convolve(s1)], axis=1))
-        return self.batched(x) if mixing is None else self.as_one_operator(x, mixing, weight_gradients)
+        if mixing is not None:
+            return self.as_compiled_operators(s0, s1, mixing, weight_gradients)
+        return self.batched(batch_norm(paddle.concat([self.preprocess0.convolve(s0), self.preprocess1.convolve(s1)],
+                                                     axis=1)))
 
-    def as_one_operator(self, x, mixing, weight_gradients: bool):
-        """Adds the mixed operations of both input states x [N, 2 * C, H, W] as one compiled operator."""
+    def as_compiled_operators(self, s0, s1, mixing, weight_gradients: bool):
+        """Adds the cell as two compiled operators."""
+        kernels = [kernel.tensor for kernel in self.preprocess0.kernels + self.preprocess1.kernels]
+        x = custom_ops.preprocessing(s0, s1, kernels, weight_gradients, BN_EPSILON)
         return custom_ops.mixed_cell(x, mixing, [view.tensor for view in self.weights], self.space.primitives,
                                      self.space.nodes, self.reduction, self.partial_channels, weight_gradients,
                                      BN_EPSILON)

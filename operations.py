@@ -127,12 +127,12 @@ class ReLUConvBN:
 
     def __init__(self, layout: FlatParameters, prefixes: Sequence[str], c_in: int, c_out: int, affine: bool):
         self.groups = len(prefixes)
-        self.weight = layout.declare([f'{p}.op.1.weight' for p in prefixes], [c_out, c_in, 1, 1])
+        self.kernels = [layout.declare([f'{p}.op.1.weight' for p in prefixes], [c_out, c_in, 1, 1])]
         self.norm = BatchNorm(layout, [f'{p}.op.2' for p in prefixes], c_out, affine)
 
     def convolve(self, x):
         """Returns the result before the BN."""
-        return conv(F.relu(x), self.weight, groups=self.groups)
+        return conv(F.relu(x), self.kernels[0], groups=self.groups)
 
     def __call__(self, x):
         return self.norm(self.convolve(x))
@@ -147,8 +147,8 @@ class FactorizedReduce:
 
     def __init__(self, layout: FlatParameters, prefixes: Sequence[str], c_in: int, c_out: int, affine: bool):
         self.edges, self.c_half = len(prefixes), c_out // 2
-        self.first = layout.declare([f'{p}.conv_1.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
-        self.second = layout.declare([f'{p}.conv_2.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
+        self.kernels = [layout.declare([f'{p}.conv_{k}.weight' for p in prefixes], [c_out // 2, c_in, 1, 1])
+                        for k in (1, 2)]
         self.norm = BatchNorm(layout, [f'{p}.bn' for p in prefixes], c_out, affine)
 
     def convolve(self, x):
@@ -156,8 +156,8 @@ class FactorizedReduce:
         return self._convolve(F.relu(x))
 
     def _convolve(self, x):
-        first = conv(x, self.first, stride=2, groups=self.edges)
-        second = conv(x[:, :, 1:, 1:], self.second, stride=2, groups=self.edges)
+        first = conv(x, self.kernels[0], stride=2, groups=self.edges)
+        second = conv(x[:, :, 1:, 1:], self.kernels[1], stride=2, groups=self.edges)
         if self.edges == 1:
             return paddle.concat([first, second], axis=1)
         # The halves of an edge belong together: [N, edges, c_half, H, W] twice -> [N, edges, c_out, H, W].

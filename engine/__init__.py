@@ -13,6 +13,8 @@ first `import paddle`, so a module that uses Paddle imports something of `engine
 * Paddle 2.6 exports zlib's symbols: Python's zlib crashes if it is loaded after Paddle, so it is loaded before.
 * Paddle frees each tensor of the CPU in a task for another thread, which takes as long as a small operator: 1 MB is
   collected first.
+* Threads of OpenMP that wait for others would keep their cores busy, also when another process needs them. They sleep
+  unless OMP_WAIT_POLICY is set.
 * TF32 of NVIDIA's libraries is off unless NVIDIA_TF32_OVERRIDE is set: its rounding changes the finite
   difference of the second order by 16 to 21 % (simulated against float64).
 * Programs are built in static mode: paddle.enable_static().
@@ -54,6 +56,7 @@ def _exit_without_paddle(error: Exception) -> None:
 
 os.environ.setdefault('GLOG_minloglevel', '2')
 os.environ.setdefault('FLAGS_eager_delete_tensor_gb', '0.001')
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('NVIDIA_TF32_OVERRIDE', '0')
 warnings.filterwarnings('ignore', module=r'(paddle|PIL)\b.*')
 _keep_freed_memory()

@@ -26,7 +26,7 @@ from engine.console import Elapsed
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc')]
+SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc', 'preprocessing.cc')]
 HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
 DIGEST_SIZE = hashlib.sha256().digest_size
 FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
@@ -103,6 +103,17 @@ def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, part
                           'epsilon': epsilon})[0]
 
 
+def preprocessing(s0, s1, weights, weight_gradients: bool, epsilon: float):
+    """Adds the preprocessing of both inputs of a supernet cell as one operator.
+
+    s0 [N, C0, H0, W0], s1 [N, C1, H, W]: outputs of the two cells before; weights: the kernels [C, C0, 1, 1] and
+    [C, C1, 1, 1], or with H0 = 2 * H the two [C / 2, C0, 1, 1] of FactorizedReduce and [C, C1, 1, 1];
+    weight_gradients, epsilon: as of `mixed_cell`. Returns [N, 2 * C, H, W]: ReLU, convolution, normalisation.
+    """
+    return _add_operator('darts_preprocessing', {'Inputs@VECTOR': [s0, s1, *weights]}, ['Out', 'Statistics'],
+                         {'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+
+
 def _add_operator(operator: str, inputs: dict, outputs: list[str], attributes: dict) -> list:
     """Adds an operator to the program under construction and returns its outputs."""
     if utils.in_pir_mode():
@@ -136,6 +147,8 @@ def _load() -> bool:
     from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
     load_op_meta_info_and_register_op(path)
     ctypes.c_int.in_dll(library, 'darts_threads').value = threads()
+    # The products of Paddle's own operators depend on the number of threads (MKL), so one thread computes them.
+    paddle.base.core.set_num_threads(1)
     # One operator after the other: each of them uses all cores. Paddle 2.6 has no such flag.
     with contextlib.suppress(ValueError):
         paddle.set_flags({'FLAGS_enable_pir_in_executor_trace_run': True})

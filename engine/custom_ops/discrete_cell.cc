@@ -2,7 +2,11 @@
 // README.md in this folder explains the memory layout and the order of the loops.
 #include "cells.h"
 
-int darts_threads = 0;                           // of both operators, see kernels.h
+int darts_threads = 0;                           // of all operators, see kernels.h
+#ifdef DARTS_PROFILE
+double darts_phase_seconds[16];
+const char* darts_phase_names[16] = {"pad", "depthwise", "pointwise", "normalisation", "pools", "sums", "waiting", "other"};
+#endif
 
 namespace {
 
@@ -52,15 +56,16 @@ class Operation {
 // Copies (with add: adds) n images of `size` numbers.
 template <typename T>
 void copy_images(int64_t n, int64_t size, Images<const T> from, bool add, Images<T> to) {
-#pragma omp parallel for schedule(static) num_threads(threads())
-  for (int64_t k = 0; k < n; ++k) {
+#pragma omp parallel num_threads(threads())
+  share(n, 1, [&](int64_t k) {
+    Timed timed(Phase::kSums);
     const T* source = from.data + k * from.image;
     T* target = to.data + k * to.image;
     if (!add) std::memcpy(target, source, size * sizeof(T));
     else
 #pragma omp simd
       for (int64_t p = 0; p < size; ++p) target[p] += source[p];
-  }
+  });
 }
 
 template <typename T>
@@ -104,8 +109,8 @@ class Pool : public Operation<T> {
     {
       Scratch<T> scratch(pools_.bordered_size() + g_.size);
       T *bordered = scratch.take(pools_.bordered_size()), *pooled = scratch.take(g_.size);
-#pragma omp for schedule(static)
-      for (int64_t n = 0; n < n_; ++n)
+      share(n_, 1, [&](int64_t n) {
+        Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
           const T* from = x.data + n * x.image + c * g_.h * g_.w;
           T* to = out.data + n * out.image + c * g_.size;
@@ -116,6 +121,7 @@ class Pool : public Operation<T> {
 #pragma omp simd
           for (int64_t p = 0; p < g_.size; ++p) to[p] += keep * pooled[p];
         }
+      });
     }
   }
 
@@ -125,8 +131,8 @@ class Pool : public Operation<T> {
       Scratch<T> scratch(2 * pools_.bordered_size() + 2 * g_.size + g_.out_w);
       T *bordered = scratch.take(pools_.bordered_size()), *gradient = scratch.take(pools_.bordered_size());
       T *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
-#pragma omp for schedule(static)
-      for (int64_t n = 0; n < n_; ++n)
+      share(n_, 1, [&](int64_t n) {
+        Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
           const T *from = x.data + n * x.image + c * g_.h * g_.w, *d_plane = d.data + n * d.image + c * g_.size;
           T* target = to.data + n * to.image + c * g_.h * g_.w;
@@ -143,6 +149,7 @@ class Pool : public Operation<T> {
           if (!add) std::fill(target, target + g_.h * g_.w, T(0));
           pools_.add_interior(gradient, target);
         }
+      });
     }
   }
 
@@ -194,25 +201,26 @@ class ConvNorm : public Operation<T> {
       Scratch<T> scratch(padded_size() + inner_size());
       T *padded = scratch.zeros(padded_size()), *inner = scratch.zeros(inner_size());
       for (int stage = 0; stage < stages_; ++stage) {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
+        share(n_, 1, [&](int64_t n) {
           T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           if (kernel_ > 1) {
             prepare(stage, n, x, padded);
             convolutions_[stage]->forward(padded, depthwise_.value + stage * c_ * taps(),
                                           pointwise_.value + stage * c_ * c_, inner, result);
           } else {
+            Timed timed(Phase::kPointwise);
             for (int64_t half = 0; half < halves_; ++half) {
-              grid_.gather(x.data + n * x.image, half, inner);
+              gather(x.data + n * x.image, half, inner);
               multiply<T, L>(pointwise_.value + half * half_channels() * c_in_, c_in_, 1, inner, first_.step,
                              half_channels(), c_in_, size_, result + half * half_channels() * size_, size_);
             }
           }
+          Timed timed(Phase::kNormalisation);
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
             compute_moments(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
-        }
-#pragma omp for schedule(static)
-        for (int64_t c = 0; c < c_; ++c) {
+        });
+        share(c_, 8, [&](int64_t c) {
+          Timed timed(Phase::kNormalisation);
           const int64_t at = stage * 2 * c_ + c;                              // the mean; the variance is at + c_
           double mean = running_[at], variance = running_[at + c_];
           const double kept = normalisation_.training ? normalisation_.momentum : 1;
@@ -221,11 +229,11 @@ class ConvNorm : public Operation<T> {
           mean_rstd[0] = mean, mean_rstd[1] = 1 / std::sqrt(variance + normalisation_.epsilon);
           new_running_[at] = kept * running_[at] + (1 - kept) * mean;
           new_running_[at + c_] = kept * running_[at + c_] + (1 - kept) * variance;
-        }
+        });
       }
       const int64_t last = (stages_ - 1) * c_;
-#pragma omp for schedule(static)
-      for (int64_t n = 0; n < n_; ++n) {
+      share(n_, 1, [&](int64_t n) {
+        Timed timed(Phase::kNormalisation);
         const T keep = mask[n];
         for (int64_t c = 0; c < c_; ++c) {
           const T *from = saved_ + (n * stages_ * c_ + last + c) * size_, *mean_rstd = statistics_ + (last + c) * 2;
@@ -243,7 +251,7 @@ class ConvNorm : public Operation<T> {
               for (int64_t j = 0; j < first_.columns(); ++j) target[j] = factor * (source[j] - mean) + shift;
           }
         }
-      }
+      });
     }
   }
 
@@ -251,12 +259,12 @@ class ConvNorm : public Operation<T> {
                 T* first_gradient) override {
     const int64_t depthwise_size = depthwise_.size, pointwise_size = pointwise_.size;
     const std::vector<T> flipped = flip(depthwise_.value, depthwise_size / taps(), taps());
-    PartialSums<T> partial;
+    PartialSums<T> partial(n_, depthwise_size + pointwise_size);
     std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
 #pragma omp parallel num_threads(threads())
     {
-      T* const weight_gradients = partial.thread_sums(depthwise_size + pointwise_size);
+      partial.clear();
       const int64_t in_plane = kernel_ == 1 || first_.stride == 1 ? first_.step : first_.plane;
       const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
@@ -284,14 +292,15 @@ class ConvNorm : public Operation<T> {
           return kept;
         };
         if (last) {
-#pragma omp for schedule(static)
-          for (int64_t n = 0; n < n_; ++n)
+          share(n_, 1, [&](int64_t n) {
+            Timed timed(Phase::kNormalisation);
             for (int64_t c = 0; c < c_; ++c)
               sum_gradient(first_, out_gradient_of(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_,
                            mean_rstd[2 * c], sums.data() + (n * c_ + c) * 2);
+          });
         }
-#pragma omp for schedule(static)
-        for (int64_t c = 0; c < c_; ++c) {
+        share(c_, 8, [&](int64_t c) {
+          Timed timed(Phase::kNormalisation);
           double total = 0, dot = 0;
           for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
           const double rstd = mean_rstd[2 * c + 1], count = n_ * plane_;
@@ -299,23 +308,27 @@ class ConvNorm : public Operation<T> {
           // Running statistics do not depend on the batch, so only batch statistics contribute to the gradient.
           d_mean[c] = normalisation_.training ? total / count : 0;
           slope[c] = normalisation_.training ? rstd * rstd * dot / count : 0;
-        }
+        });
         if (kernel_ > 1) std::fill(bordered, bordered + g.plane, T(0));
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < n_; ++n) {
+        partial.for_images([&](int64_t n, T* weight_gradients) {
           const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
-          for (int64_t c = 0; c < c_; ++c)
-            batch_norm_backward(first_, out_gradient_of(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1],
-                                d_mean[c], mean_rstd[2 * c], slope[c], gradient + c * first_.step);
+          {
+            Timed timed(Phase::kNormalisation);
+            for (int64_t c = 0; c < c_; ++c)
+              batch_norm_backward(first_, out_gradient_of(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1],
+                                  d_mean[c], mean_rstd[2 * c], slope[c], gradient + c * first_.step);
+          }
           if (kernel_ == 1) {
             for (int64_t half = 0; half < halves_; ++half) {
+              Timed pointwise(Phase::kPointwise);
               const T* d_half = gradient + half * half_channels() * first_.step;
               const int64_t at = half * half_channels() * c_in_;
-              grid_.gather(x.data + n * x.image, half, inner);
+              gather(x.data + n * x.image, half, inner);
               add_outer<T, L>(d_half, first_.step, inner, first_.step, half_channels(), c_in_, size_,
                               weight_gradients + at);
               multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, half_channels(), size_,
                              in_gradient, first_.step);
+              Timed pad(Phase::kPad);
               grid_.backward(x.data + n * x.image, half, in_gradient, add, to.data + n * to.image);
             }
           } else {
@@ -326,6 +339,7 @@ class ConvNorm : public Operation<T> {
                                            pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient,
                                            bordered, weight_gradients + at,
                                            weight_gradients + depthwise_size + stage * c_ * c_, in_gradient);
+            Timed timed(stage == 0 ? Phase::kPad : Phase::kNormalisation);
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {
                 const int64_t at = c * g.h * g.w;
@@ -341,11 +355,11 @@ class ConvNorm : public Operation<T> {
               }
             }
           }
-        }
+        });
       }
+      partial.add_to(depthwise_.gradient, 0, depthwise_size);
+      partial.add_to(pointwise_.gradient, depthwise_size, pointwise_size);
     }
-    if (kernel_ > 1) partial.add_to(depthwise_.gradient, 0, depthwise_size);
-    partial.add_to(pointwise_.gradient, depthwise_size, pointwise_size);
   }
 
  private:
@@ -356,8 +370,13 @@ class ConvNorm : public Operation<T> {
   int64_t padded_size() const { return kernel_ == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
   int64_t inner_size() const { return c_in_ * first_.step; }
 
+  void gather(const T* x, int64_t half, T* to) const {
+    Timed timed(Phase::kPad);
+    grid_.gather(x, half, to);
+  }
   // Computes the padded planes that the convolution of a stage reads.
   void prepare(int stage, int64_t n, Images<const T> x, T* padded) const {
+    Timed timed(Phase::kPad);
     // The border has to be 0. With stride 2 the stages have different layouts, and one writes where the other has its
     // border.
     if (stages_ > 1 && first_.stride > 1) std::fill(padded, padded + padded_size(), T(0));

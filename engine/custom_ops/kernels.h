@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -16,12 +17,58 @@
 
 #include "paddle/extension.h"
 
-// The number of threads that share the images of a batch. __init__.py sets it; 0 means the default of OpenMP.
+// The number of threads that share the images of a batch. __init__.py sets it; 0 means the default of OpenMP. No result
+// depends on it.
 extern "C" int darts_threads;
+
+// What threads spend their time on. scripts/bench compiles the library with -DDARTS_PROFILE to measure it.
+enum class Phase { kPad, kDepthwise, kPointwise, kNormalisation, kPools, kSums, kWaiting, kOther };
+#ifdef DARTS_PROFILE
+extern "C" double darts_phase_seconds[16];       // by phase, of all threads together
+extern "C" const char* darts_phase_names[16];    // null at the end
+#endif
 
 namespace {
 
 using paddle::Tensor;
+
+// The time until its end counts for a phase, except that of a Timed object that begins later.
+class Timed {
+#ifdef DARTS_PROFILE
+ public:
+  explicit Timed(Phase phase) : phase_(phase), outer_(innermost()), began_(now()) {
+    if (outer_) outer_->count(began_);
+    innermost() = this;
+  }
+  ~Timed() {
+    count(now());
+    innermost() = outer_;
+    if (outer_) outer_->began_ = began_;
+  }
+  Timed(const Timed&) = delete;
+
+ private:
+  static Timed*& innermost() {
+    static thread_local Timed* innermost = nullptr;
+    return innermost;
+  }
+  static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  }
+  void count(double time) {
+#pragma omp atomic
+    darts_phase_seconds[int(phase_)] += time - began_;
+    began_ = time;
+  }
+
+  const Phase phase_;
+  Timed* const outer_;
+  double began_;
+#else
+ public:
+  explicit Timed(Phase) {}
+#endif
+};
 
 // Bytes per vector register and number of vector registers of the processor.
 #ifdef __AVX512F__
@@ -474,6 +521,7 @@ class Separable : public SeparableConvolution<T> {
 
   void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
     depthwise(padded, weight, inner);
+    Timed timed(Phase::kPointwise);
     multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size);
   }
 
@@ -482,9 +530,14 @@ class Separable : public SeparableConvolution<T> {
                 T* in_gradient) const override {
     if (weight_gradient) {
       depthwise(padded, weight, inner);
+      Timed timed(Phase::kPointwise);
       add_outer<T, L>(gradient, g.step, inner, g.step, channels, channels, g.size, pointwise_gradient);
     }
-    multiply<T, L>(pointwise, 1, channels, gradient, g.step, channels, channels, g.size, inner_gradient, g.step);
+    {
+      Timed timed(Phase::kPointwise);
+      multiply<T, L>(pointwise, 1, channels, gradient, g.step, channels, channels, g.size, inner_gradient, g.step);
+    }
+    Timed timed(Phase::kDepthwise);
     for (int64_t c = 0; c < channels; ++c) {
       const T* d = inner_gradient + c * g.step;
       if (weight_gradient)
@@ -501,6 +554,7 @@ class Separable : public SeparableConvolution<T> {
 
  private:
   void depthwise(const T* padded, const T* weight, T* inner) const {
+    Timed timed(Phase::kDepthwise);
     for (int64_t c = 0; c < channels; ++c)
       correlate<T, L, K, false>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
   }
@@ -799,28 +853,62 @@ class RectifiedGrid {
   const int64_t channels_;
 };
 
-// Gradients of weights. Each thread sums them over its images, and the sums are added in the order of the threads, so
-// that equal runs are bit-identical.
+// Calls f(k) for k < count, in a parallel region. A thread takes the next `chunk` numbers when it is idle, so that one
+// whose core is busy with another process takes fewer. Returns when all calls have returned.
+template <typename F>
+void share(int64_t count, int64_t chunk, F f) {
+  {
+    Timed timed(Phase::kOther);
+#pragma omp for schedule(dynamic, chunk) nowait
+    for (int64_t k = 0; k < count; ++k) f(k);
+  }
+  Timed timed(Phase::kWaiting);
+#pragma omp barrier
+}
+
+// Gradients of weights, summed over the images of a batch in an order that does not depend on the threads: first within
+// each of at most kParts parts of the batch, then over the parts.
 template <typename T>
 class PartialSums {
  public:
-  PartialSums() : per_thread_(threads()) {}
-  // Returns the sums of the calling thread, set to `size` zeros.
-  T* thread_sums(int64_t size) {
-    auto& sums = per_thread_[omp_get_thread_num()];
-    sums.assign(size, 0);
-    return sums.data();
+  // n: images; size: of the gradients.
+  PartialSums(int64_t n, int64_t size) : n_(n), images_(std::max<int64_t>(2, (n + kParts - 1) / kParts)), size_(size) {
+    static thread_local Storage<T> storage;
+    step_ = round_up_to_lines<T>(size);
+    sums_ = storage.reserve(parts() * step_);
   }
-  // Adds the sums of all threads, from index `first` on, to `to` [size].
+  int64_t parts() const { return (n_ + images_ - 1) / images_; }
+
+  // In a parallel region: sets the sums to 0.
+  void clear() {
+    share(parts(), 1, [&](int64_t part) { std::fill_n(sums_ + part * step_, size_, T(0)); });
+  }
+  // In a parallel region: calls f(n, sums of the part that image n belongs to) for every image, in order in a part.
+  template <typename F>
+  void for_images(F f) {
+    share(parts(), 1, [&](int64_t part) {
+      for (int64_t n = part * images_; n < std::min(n_, (part + 1) * images_); ++n) f(n, sums_ + part * step_);
+    });
+  }
+  // In a parallel region: adds the sums of all parts, from index `first` on, to `to` [size]; does not wait for the other
+  // threads.
   void add_to(T* to, int64_t first, int64_t size) const {
-    for (const auto& sums : per_thread_) {
-      if (sums.empty()) continue;                  // OpenMP started fewer threads than requested
-      for (int64_t k = 0; k < size; ++k) to[k] += sums[first + k];
-    }
+    Timed timed(Phase::kSums);
+    constexpr int64_t kBlock = 4096;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t begin = 0; begin < size; begin += kBlock)
+      for (int64_t part = 0; part < parts(); ++part) {
+        const T* from = sums_ + part * step_ + first;
+#pragma omp simd
+        for (int64_t k = begin; k < std::min(size, begin + kBlock); ++k) to[k] += from[k];
+      }
   }
 
  private:
-  std::vector<std::vector<T>> per_thread_;
+  static constexpr int64_t kParts = 16;
+  const int64_t n_, images_, size_;              // images_: of a part
+  int64_t step_;
+  T* sums_;
 };
 
 // Returns n kernels rotated by 180 degrees. The gradient of a correlation is a correlation with the rotated kernel.

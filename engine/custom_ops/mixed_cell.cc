@@ -1,5 +1,7 @@
 // All mixed operations of a supernet cell as one operator for the CPU, from both input states to the nodes.
 // README.md in this folder explains the memory layout and the order of the loops.
+#include <numeric>
+
 #include "search_space.h"
 
 namespace {
@@ -49,14 +51,19 @@ class MixedCell {
 #pragma omp parallel num_threads(threads())
     {
       Workspace work(*this);
-      for (size_t g = 0; g < space_.groups.size(); ++g) {
+      const int groups = space_.groups.size();
+      for (int g = 0; g <= groups; ++g) {
+        // A node is complete, and the convolutions of the next group can read it, when the group before is added.
+        share(n_, 1, [&](int64_t n) {
+          if (g > 0) add_edges(g - 1, n, work);
+          if (g < groups) convolve(g, 0, n, work);
+        });
+        if (g == groups) break;
         const Group& group = space_.groups[g];
-        convolve(g, 0, work);
         combine(group.plane, group.second_plane);
-        convolve(g, 1, work);
+        if (!space_.halves) continue;
+        share(n_, 1, [&](int64_t n) { convolve(g, 1, n, work); });
         combine(group.second_plane, group.end_plane);
-        add_edges(g, work);
-        if (space_.partial > 1) add_rest(g, work);
       }
     }
   }
@@ -71,31 +78,41 @@ class MixedCell {
     gradient_ = nodes_storage.reserve(n_ * space_.nodes * state_c_ * size_);
     half_gradient_ = halves_storage.reserve(half_planes() * n_ * size_);
     sums_.resize(n_ * node_planes), dot_products_.resize(n_ * ends), half_sums_.resize(n_ * half_planes() * 2);
-    node_mean_.resize(node_planes), d_mean_.resize(planes()), slope_.resize(planes());
+    d_mean_.resize(planes()), slope_.resize(planes()), scale_gradients_.resize(ends);
     rest_products_.assign(n_ * space_.edges, 0);
-    PartialSums<T> partial;
+    PartialSums<T> partial(n_, weight_gradients ? weights_size_ : 0);
 #pragma omp parallel num_threads(threads())
     {
       Workspace work(*this);
-      if (weight_gradients) work.weights = partial.thread_sums(weights_size_);
-#pragma omp for schedule(static)
-      for (int64_t k = 0; k < n_ * space_.nodes * state_c_; ++k)
-        expand_rows(out_gradient + k * nodes_.h * nodes_.w,
-                    gradient_ + (k / state_c_ * state_c_ + unshuffled(k % state_c_)) * size_);
-      for (int g = space_.groups.size() - 1; g >= 0; --g) {
-        sum_gradients(g, work);
-        combine_gradients(g, mixing_gradient);
-        differentiate(g, 1, x_gradient, work);
+      partial.clear();
+      const auto for_images = [&](auto f) {
+        partial.for_images([&](int64_t n, T* sums) {
+          work.weights = weight_gradients ? sums : nullptr;
+          f(n);
+        });
+      };
+      const int last = int(space_.groups.size()) - 1;
+      for (int g = last; g >= -1; --g) {
+        // The gradient of a node is complete when the group that reads it is differentiated.
+        for_images([&](int64_t n) {
+          if (g == last) start_gradients(n, out_gradient);
+          else differentiate(g + 1, 0, n, x_gradient, work);
+          if (g >= 0) sum_gradients(g, n, work);
+        });
+        if (g < 0) break;
+        combine_gradients(g);
+        if (!space_.halves) continue;
+        for_images([&](int64_t n) { differentiate(g, 1, n, x_gradient, work); });
         combine_half_gradients(g);
-        differentiate(g, 0, x_gradient, work);
       }
+      combine_mixing_gradients(mixing_gradient);
+      for (const Block& block : blocks_)
+        if (weight_gradients) partial.add_to(block.gradient, block.at, block.size);
     }
-    for (const Block& block : blocks_)
-      if (weight_gradients) partial.add_to(block.gradient, block.at, block.size);
   }
 
  private:
-  // The weights of a convolution on all edges of a group; at: index in the sums of a thread's gradients.
+  // The weights of a convolution on all edges of a group; at: index in the sums of the gradients.
   struct Block {
     const T* value;
     T* gradient;
@@ -104,7 +121,7 @@ class MixedCell {
   };
   struct EdgeWeight {
     const T *value, *flipped;
-    T* gradient;                                     // the sums of a thread, or null
+    T* gradient;                                     // the sums of a part of the batch, or null
   };
 
   // Memory of a thread. The upper bound of its size: 11 blocks of C planes and 8 of one plane.
@@ -134,34 +151,34 @@ class MixedCell {
     T* weights = nullptr;                                              // gradients of all weights, or null
   };
 
-  // Computes the convolutions of a stage on all edges of a group, up to their normalisation. Stage 0 begins with the
-  // pools of each state and ends with FactorizedReduce.
-  void convolve(int g, int stage, Workspace& work) {
+  // Computes, for one image, the convolutions of a stage on all edges of a group, up to their normalisation. Stage 0
+  // begins with the pools of each state and ends with FactorizedReduce.
+  void convolve(int g, int stage, int64_t n, Workspace& work) {
     const Group& group = space_.groups[g];
     const int place = stage ? 2 : g > 0;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n)
-      for (const Edge& edge : group.edges) {
-        if (stage == 0 && edge.node == group.first_node) start_state(g, n, edge.state, work);
-        for (const Convolution& convolution : space_.convolutions) {
-          if (stage == convolution.kind.stages) continue;
-          const int64_t plane = space_.convolution_plane(group, edge, convolution, stage);
-          if (stage) pad_normalised(n, space_.convolution_plane(group, edge, convolution, 0), work.padded[2]);
-          const int block = 2 * (convolution.stage + stage);
-          convolutions_[place][convolution.number]->forward(
-              work.padded[place], weight(g, block, edge, work).value, weight(g, block + 1, edge, work).value,
-              work.inner, result(n, plane, 0));
-          compute_all_moments(n, plane);
-        }
-        if (stage || !space_.has_reduce(group)) continue;
-        const int64_t plane = space_.reduce_plane(group, edge);
-        for (int half = 0; half < 2; ++half)
-          multiply<T, L>(weight(g, 2 * space_.stages + half, edge, work).value, c_, 1, work.grids[half], nodes_.step,
-                         c_ / 2, c_, size_, result(n, plane, half * (c_ / 2)), size_);
+    for (const Edge& edge : group.edges) {
+      if (stage == 0 && edge.node == group.first_node) start_state(g, n, edge.state, work);
+      for (const Convolution& convolution : space_.convolutions) {
+        if (stage == convolution.kind.stages) continue;
+        const int64_t plane = space_.convolution_plane(group, edge, convolution, stage);
+        if (stage) pad_normalised(n, space_.convolution_plane(group, edge, convolution, 0), work.padded[2]);
+        const int block = 2 * (convolution.stage + stage);
+        convolutions_[place][convolution.number]->forward(
+            work.padded[place], weight(g, block, edge, work).value, weight(g, block + 1, edge, work).value,
+            work.inner, result(n, plane, 0));
         compute_all_moments(n, plane);
       }
+      if (stage || !space_.has_reduce(group)) continue;
+      const int64_t plane = space_.reduce_plane(group, edge);
+      Timed timed(Phase::kPointwise);
+      for (int half = 0; half < 2; ++half)
+        multiply<T, L>(weight(g, 2 * space_.stages + half, edge, work).value, c_, 1, work.grids[half], nodes_.step,
+                       c_ / 2, c_, size_, result(n, plane, half * (c_ / 2)), size_);
+      compute_all_moments(n, plane);
+    }
   }
   void start_state(int g, int64_t n, int s, Workspace& work) {
+    Timed timed(Phase::kPools);
     pad_state(g, n, s, work);
     const T* state = state_planes(n, s);
     const int64_t state_size = geometry_of(g).h * geometry_of(g).w;
@@ -177,54 +194,52 @@ class MixedCell {
       grid_.gather(state, half, work.grids[half]);
   }
 
-  // Adds the edges of a group to the nodes.
-  void add_edges(int g, Workspace& work) {
+  // Adds the edges of a group to the nodes of one image.
+  void add_edges(int g, int64_t n, Workspace& work) {
+    Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
     T* total = work.total;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n)
-      for (int node = group.first_node; node < space_.nodes; ++node)
-        for (int64_t c = 0; c < c_; ++c) {
-          T* to = node_plane(n, node, c);
-          if (g == 0) std::fill(total, total + size_, T(0));
-          else expand_rows(to, total);
-          for (const Edge& edge : group.edges) {
-            if (edge.node != node) continue;
-            for (const End& end : edge.ends) {
-              const T weight = mixing_weight(edge, end);
-              if (end.plane < 0) {
-                const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
-                for (int64_t i = 0; i < nodes_.rows(); ++i)
+    for (int node = group.first_node; node < space_.nodes; ++node)
+      for (int64_t c = 0; c < c_; ++c) {
+        T* to = node_plane(n, node, c);
+        if (g == 0) std::fill(total, total + size_, T(0));
+        else expand_rows(to, total);
+        for (const Edge& edge : group.edges) {
+          if (edge.node != node) continue;
+          for (const End& end : edge.ends) {
+            const T weight = mixing_weight(edge, end);
+            if (end.plane < 0) {
+              const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
+              for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd
-                  for (int64_t j = 0; j < nodes_.columns(); ++j)
-                    total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
-                continue;
-              }
-              const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
-              const T factor = weight * rstd_of(end.plane, c);
-#pragma omp simd
-              for (int64_t p = 0; p < size_; ++p) total[p] += factor * (y[p] - mean);
+                for (int64_t j = 0; j < nodes_.columns(); ++j)
+                  total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
+              continue;
             }
+            const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
+            const T factor = weight * rstd_of(end.plane, c);
+#pragma omp simd
+            for (int64_t p = 0; p < size_; ++p) total[p] += factor * (y[p] - mean);
           }
-          compact_rows(total, to);
         }
+        compact_rows(total, to);
+      }
+    if (space_.partial > 1) add_rest(g, n, work);
   }
 
   // Adds the channels of a group's states that pass no operation to the nodes.
-  void add_rest(int g, Workspace& work) {
+  void add_rest(int g, int64_t n, Workspace& work) {
     const int64_t plane_size = nodes_.h * nodes_.w;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n)
-      for_rest(g, n, work.direct, [&](int s, int64_t c, const T* plane) {
-        for (const Edge& edge : space_.groups[g].edges) {
-          if (edge.state != s) continue;
-          T* to = node_plane(n, edge.node, c);
-          const T weight = edge_weight(edge);
-          if (s == 0) std::fill(to, to + plane_size, T(0));
+    for_rest(g, n, work.direct, [&](int s, int64_t c, const T* plane) {
+      for (const Edge& edge : space_.groups[g].edges) {
+        if (edge.state != s) continue;
+        T* to = node_plane(n, edge.node, c);
+        const T weight = edge_weight(edge);
+        if (s == 0) std::fill(to, to + plane_size, T(0));
 #pragma omp simd
-          for (int64_t p = 0; p < plane_size; ++p) to[p] += weight * plane[p];
-        }
-      });
+        for (int64_t p = 0; p < plane_size; ++p) to[p] += weight * plane[p];
+      }
+    });
   }
   // Calls function(state, channel, plane [nodes_.h, nodes_.w]) for these channels of one image; pooled: memory for a
   // plane.
@@ -252,28 +267,33 @@ class MixedCell {
       }
   }
 
-  // Computes, per image, the sums of the nodes' gradients d, and of d (y - mean) at the end of every operation.
-  void sum_gradients(int g, Workspace& work) {
+  // Copies the gradients of the nodes of one image, in the order before the shuffle.
+  void start_gradients(int64_t n, const T* out_gradient) {
+    Timed timed(Phase::kSums);
+    for (int64_t k = n * space_.nodes * state_c_; k < (n + 1) * space_.nodes * state_c_; ++k)
+      expand_rows(out_gradient + k * nodes_.h * nodes_.w,
+                  gradient_ + (k / state_c_ * state_c_ + unshuffled(k % state_c_)) * size_);
+  }
+  // Computes, for one image, the sums of the nodes' gradients d, and of d (y - mean) at the end of every operation.
+  void sum_gradients(int g, int64_t n, Workspace& work) {
+    Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n) {
-      for (int64_t k = group.first_node * c_; k < space_.nodes * c_; ++k) {
-        const T* d = node_gradient(n, k / c_, k % c_);
-        T total = 0;
+    for (int64_t k = group.first_node * c_; k < space_.nodes * c_; ++k) {
+      const T* d = node_gradient(n, k / c_, k % c_);
+      T total = 0;
 #pragma omp simd reduction(+ : total)
-        for (int64_t p = 0; p < size_; ++p) total += d[p];
-        sums_[n * space_.nodes * c_ + k] = total;
-      }
-      for (const Edge& edge : group.edges)
-        for (size_t k = 0; k < edge.ends.size(); ++k)
-          for (int64_t c = 0; c < c_; ++c)
-            dot_products_[end_index(n, edge, k) + c] = dot_product(n, edge, edge.ends[k], c);
-      for_rest(g, n, work.direct, [&](int s, int64_t c, const T* plane) {
-        for (const Edge& edge : group.edges)
-          if (edge.state == s)
-            rest_products_[n * space_.edges + edge.number] += dot_product(node_gradient(n, edge.node, c), plane);
-      });
+      for (int64_t p = 0; p < size_; ++p) total += d[p];
+      sums_[n * space_.nodes * c_ + k] = total;
     }
+    for (const Edge& edge : group.edges)
+      for (size_t k = 0; k < edge.ends.size(); ++k)
+        for (int64_t c = 0; c < c_; ++c)
+          dot_products_[end_index(n, edge, k) + c] = dot_product(n, edge, edge.ends[k], c);
+    for_rest(g, n, work.direct, [&](int s, int64_t c, const T* plane) {
+      for (const Edge& edge : group.edges)
+        if (edge.state == s)
+          rest_products_[n * space_.edges + edge.number] += dot_product(node_gradient(n, edge.node, c), plane);
+    });
   }
   T dot_product(int64_t n, const Edge& edge, const End& end, int64_t c) const {
     const T* d = node_gradient(n, edge.node, c);
@@ -293,126 +313,131 @@ class MixedCell {
     return total;
   }
 
-  // Adds the sums of all images: the gradients of the mixing weights, and the numbers that the normalisations need.
-  void combine_gradients(int g, T* mixing_gradient) {
+  // Adds the sums of all images to the numbers that the normalisations need, and to the contributions of each channel
+  // to the gradients of the mixing weights.
+  void combine_gradients(int g) {
     const Group& group = space_.groups[g];
-    const int64_t node_planes = space_.nodes * c_, ends = end_count(), pools = space_.pools.size() * group.states;
-#pragma omp for schedule(static)
-    for (int64_t k = group.first_node * c_; k < node_planes; ++k) {
-      double total = 0;
-      for (int64_t n = 0; n < n_; ++n) total += sums_[n * node_planes + k];
-      node_mean_[k] = total / count_;
-    }
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < int64_t(group.edges.size()) * ends; ++k) {
-      const Edge& edge = group.edges[k / ends];
-      const End& end = edge.ends[k % ends];
-      double scale_gradient = 0;
-      for (int64_t c = 0; c < c_; ++c) {
+    const int64_t node_planes = space_.nodes * c_, ends = end_count();
+    share(c_, kCacheLine / sizeof(double), [&](int64_t c) {
+      Timed timed(Phase::kNormalisation);
+      std::vector<double> node_mean(space_.nodes, 0), pool_sums(2 * group.states * space_.pools.size(), 0);
+      for (int node = group.first_node; node < space_.nodes; ++node) {
         double total = 0;
-        for (int64_t n = 0; n < n_; ++n) total += dot_products_[end_index(n, edge, k % ends) + c];
-        const double rstd = end.plane < 0 ? 1 : rstd_of(end.plane, c);
-        scale_gradient += rstd * total;
-        dot_products_[end_index(0, edge, k % ends) + c] = total;
-        if (end.plane < 0 || end.shared) continue;
-        d_mean_[end.plane * c_ + c] = node_mean_[edge.node * c_ + c];
-        slope_[end.plane * c_ + c] = rstd * rstd * total / count_;
+        for (int64_t n = 0; n < n_; ++n) total += sums_[n * node_planes + node * c_ + c];
+        node_mean[node] = total / count_;
       }
-      mixing_gradient[edge.number * space_.columns + end.column] = scale_gradient;
-    }
-#pragma omp for schedule(static)
-    for (size_t k = 0; k < group.edges.size(); ++k) {
-      if (space_.partial == 1) continue;
-      const int64_t edge = group.edges[k].number;
-      double total = 0;
-      for (int64_t n = 0; n < n_; ++n) total += rest_products_[n * space_.edges + edge];
-      mixing_gradient[edge * space_.columns + space_.columns - 1] = total;
-    }
-    // A pool has one normalisation for all edges of its state.
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < pools * c_; ++k) {
-      const int64_t plane = group.plane + k / c_, c = k % c_, first_end = space_.convolutions.size();
-      double mean = 0, dot = 0;
       for (const Edge& edge : group.edges)
-        for (int64_t i = first_end; i < first_end + int64_t(space_.pools.size()); ++i) {
-          if (edge.ends[i].plane != plane) continue;
-          mean += mixing_weight(edge, edge.ends[i]) * node_mean_[edge.node * c_ + c];
-          dot += mixing_weight(edge, edge.ends[i]) * dot_products_[end_index(0, edge, i) + c];
+        for (int64_t k = 0; k < ends; ++k) {
+          const End& end = edge.ends[k];
+          double total = 0;
+          for (int64_t n = 0; n < n_; ++n) total += dot_products_[end_index(n, edge, k) + c];
+          const double rstd = end.plane < 0 ? 1 : rstd_of(end.plane, c);
+          scale_gradients_[end_index(0, edge, k) + c] = rstd * total;
+          if (end.shared) {                        // a pool has one normalisation for all edges of its state
+            double* sums = &pool_sums[2 * (end.plane - group.plane)];
+            sums[0] += mixing_weight(edge, end) * node_mean[edge.node], sums[1] += mixing_weight(edge, end) * total;
+          } else if (end.plane >= 0) {
+            d_mean_[end.plane * c_ + c] = node_mean[edge.node];
+            slope_[end.plane * c_ + c] = rstd * rstd * total / count_;
+          }
         }
-      const double rstd = rstd_of(plane, c);
-      d_mean_[plane * c_ + c] = mean, slope_[plane * c_ + c] = rstd * rstd * dot / count_;
-    }
+      for (size_t k = 0; k < pool_sums.size() / 2; ++k) {
+        const double rstd = rstd_of(group.plane + k, c);
+        d_mean_[(group.plane + k) * c_ + c] = pool_sums[2 * k];
+        slope_[(group.plane + k) * c_ + c] = rstd * rstd * pool_sums[2 * k + 1] / count_;
+      }
+    });
+  }
+  // Adds the contributions of all channels.
+  void combine_mixing_gradients(T* mixing_gradient) {
+    share(space_.edges, 1, [&](int64_t number) {
+      for (const Group& group : space_.groups)
+        for (const Edge& edge : group.edges) {
+          if (edge.number != number) continue;
+          T* to = mixing_gradient + number * space_.columns;
+          std::fill_n(to, space_.columns, T(0));            // `none` has no gradient
+          for (size_t k = 0; k < edge.ends.size(); ++k) {
+            const double* gradients = scale_gradients_.data() + end_index(0, edge, k);
+            to[edge.ends[k].column] = std::accumulate(gradients, gradients + c_, 0.0);
+          }
+          double total = 0;
+          for (int64_t n = 0; n < n_; ++n) total += rest_products_[n * space_.edges + number];
+          if (space_.partial > 1) to[space_.columns - 1] = total;
+        }
+    });
   }
   // The same for the normalisations between the halves of the separable convolutions.
   void combine_half_gradients(int g) {
     const Group& group = space_.groups[g];
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < int64_t(group.edges.size()) * space_.halves; ++k)
-      for (const Convolution& convolution : space_.convolutions) {
-        const Edge& edge = group.edges[k / space_.halves];
-        if (convolution.kind.stages == 1 || convolution.half != k % space_.halves) continue;
-        for (int64_t c = 0; c < c_; ++c) {
-          double total = 0, dot = 0;
-          for (int64_t n = 0; n < n_; ++n) {
-            const double* sums = half_sums_.data() + (half_index(n, edge, convolution) + c) * 2;
-            total += sums[0], dot += sums[1];
-          }
-          const int64_t plane = space_.convolution_plane(group, edge, convolution, 0);
-          const double rstd = rstd_of(plane, c);
-          d_mean_[plane * c_ + c] = total / count_, slope_[plane * c_ + c] = rstd * rstd * dot / count_;
+    const int64_t count = group.edges.size() * space_.convolutions.size();
+    share(count, 1, [&](int64_t k) {
+      const Edge& edge = group.edges[k / space_.convolutions.size()];
+      const Convolution& convolution = space_.convolutions[k % space_.convolutions.size()];
+      if (convolution.kind.stages == 1) return;
+      Timed timed(Phase::kNormalisation);
+      for (int64_t c = 0; c < c_; ++c) {
+        double total = 0, dot = 0;
+        for (int64_t n = 0; n < n_; ++n) {
+          const double* sums = half_sums_.data() + (half_index(n, edge, convolution) + c) * 2;
+          total += sums[0], dot += sums[1];
         }
+        const int64_t plane = space_.convolution_plane(group, edge, convolution, 0);
+        const double rstd = rstd_of(plane, c);
+        d_mean_[plane * c_ + c] = total / count_, slope_[plane * c_ + c] = rstd * rstd * dot / count_;
       }
+    });
   }
   // Computes the gradient of the input of a normalisation of C planes. d: C planes, the gradient of its output divided
   // by `scale`.
   void differentiate_norm(int64_t n, int64_t plane, const T* d, T scale, T* to) const {
+    Timed timed(Phase::kNormalisation);
     for (int64_t c = 0; c < c_; ++c)
       batch_norm_backward(nodes_, d + c * size_, result(n, plane, c), scale * rstd_of(plane, c),
                           d_mean_[plane * c_ + c], mean_of(plane, c), slope_[plane * c_ + c], to + c * nodes_.step);
   }
 
-  // Differentiates the convolutions of a stage on all edges of a group: stage 1 up to the output of the normalisation
-  // before it, stage 0 up to the states, with pools, identities and FactorizedReduce.
-  void differentiate(int g, int stage, T* x_gradient, Workspace& work) {
+  // Differentiates, for one image, the convolutions of a stage on all edges of a group: stage 1 up to the output of
+  // the normalisation before it, stage 0 up to the states, with pools, identities and FactorizedReduce.
+  void differentiate(int g, int stage, int64_t n, T* x_gradient, Workspace& work) {
     const Group& group = space_.groups[g];
     const int place = stage ? 2 : g > 0;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_; ++n)
-      for (const Edge& edge : group.edges) {
-        if (stage == 0 && edge.node == group.first_node) {
-          pad_state(g, n, edge.state, work);
-          std::fill(work.in_gradient, work.in_gradient + c_ * in_step(g), T(0));
-        }
-        for (const Convolution& convolution : space_.convolutions) {
-          if (stage == convolution.kind.stages) continue;
-          const int64_t first_plane = space_.convolution_plane(group, edge, convolution, 0);
-          const int64_t half = convolution.kind.stages > 1 ? half_index(n, edge, convolution) : 0;
-          if (stage == convolution.kind.stages - 1)
-            differentiate_norm(n, space_.convolution_plane(group, edge, convolution, stage),
-                               node_gradient(n, edge.node, 0),
-                               mixing_[edge.number * space_.columns + convolution.column], work.conv_gradient);
-          else
-            differentiate_norm(n, first_plane, half_gradient_ + half * size_, T(1), work.conv_gradient);
-          if (stage) {
-            pad_normalised(n, first_plane, work.padded[2]);
-            std::fill(work.in_gradient, work.in_gradient + c_ * nodes_.step, T(0));
-          }
-          const int block = 2 * (convolution.stage + stage);
-          const EdgeWeight depthwise = weight(g, block, edge, work), pointwise = weight(g, block + 1, edge, work);
-          convolutions_[place][convolution.number]->backward(
-              work.padded[place], depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
-              work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, work.in_gradient);
-          for (int64_t c = 0; c < c_ && stage; ++c)
-            normalised_relu_backward<T, L>(nodes_, result(n, first_plane, c), T(1), mean_of(first_plane, c), T(0),
-                                           work.in_gradient + c * nodes_.step, half_gradient_ + (half + c) * size_,
-                                           half_sums_.data() + (half + c) * 2);
-        }
-        if (stage == 0 && edge.node == space_.nodes - 1) finish_state(g, n, edge.state, x_gradient, work);
+    for (const Edge& edge : group.edges) {
+      if (stage == 0 && edge.node == group.first_node) {
+        pad_state(g, n, edge.state, work);
+        std::fill(work.in_gradient, work.in_gradient + c_ * in_step(g), T(0));
       }
+      for (const Convolution& convolution : space_.convolutions) {
+        if (stage == convolution.kind.stages) continue;
+        const int64_t first_plane = space_.convolution_plane(group, edge, convolution, 0);
+        const int64_t half = convolution.kind.stages > 1 ? half_index(n, edge, convolution) : 0;
+        if (stage == convolution.kind.stages - 1)
+          differentiate_norm(n, space_.convolution_plane(group, edge, convolution, stage),
+                             node_gradient(n, edge.node, 0),
+                             mixing_[edge.number * space_.columns + convolution.column], work.conv_gradient);
+        else
+          differentiate_norm(n, first_plane, half_gradient_ + half * size_, T(1), work.conv_gradient);
+        if (stage) {
+          pad_normalised(n, first_plane, work.padded[2]);
+          std::fill(work.in_gradient, work.in_gradient + c_ * nodes_.step, T(0));
+        }
+        const int block = 2 * (convolution.stage + stage);
+        const EdgeWeight depthwise = weight(g, block, edge, work), pointwise = weight(g, block + 1, edge, work);
+        convolutions_[place][convolution.number]->backward(
+            work.padded[place], depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
+            work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, work.in_gradient);
+        Timed timed(Phase::kNormalisation);
+        for (int64_t c = 0; c < c_ && stage; ++c)
+          normalised_relu_backward<T, L>(nodes_, result(n, first_plane, c), T(1), mean_of(first_plane, c), T(0),
+                                         work.in_gradient + c * nodes_.step, half_gradient_ + (half + c) * size_,
+                                         half_sums_.data() + (half + c) * 2);
+      }
+      if (stage == 0 && edge.node == space_.nodes - 1) finish_state(g, n, edge.state, x_gradient, work);
+    }
   }
   // Computes the gradient of a state: through the ReLU of the convolutions, and through pools and identity without one.
   // That of an input is written, that of a node is added to the node's gradient.
   void finish_state(int g, int64_t n, int s, T* x_gradient, Workspace& work) {
+    Timed timed(Phase::kPad);
     const Geometry& geometry = geometry_of(g);
     const T* state = state_planes(n, s);
     const int64_t plane_size = geometry.h * geometry.w;
@@ -471,6 +496,7 @@ class MixedCell {
     const Group& group = space_.groups[g];
     const T* plane = state_planes(n, s) + c * geometry_of(g).h * geometry_of(g).w;
     if (!space_.pools.empty()) std::fill_n(work.pool_gradient, pools_of(g).bordered_size(), T(0));
+    Timed timed(Phase::kPools);
     for (size_t k = 0; k < space_.pools.size(); ++k) {
       const int64_t pool = space_.pool_plane(group, s, k);
       T* d = work.total;
@@ -499,6 +525,7 @@ class MixedCell {
 
   // Adds the gradient of a state through FactorizedReduce to `to`, C planes [h, w].
   void differentiate_reduce(int g, int64_t n, int s, T* to, Workspace& work) const {
+    Timed timed(Phase::kPointwise);
     const T* state = state_planes(n, s);
     for (int half = 0; half < 2; ++half) {
       if (work.weights) grid_.gather(state, half, work.grids[half]);
@@ -583,11 +610,13 @@ class MixedCell {
       std::memcpy(to + i * nodes_.w, from + i * nodes_.out_row, nodes_.columns() * sizeof(T));
   }
   void pad_state(int g, int64_t n, int s, Workspace& work) const {
+    Timed timed(Phase::kPad);
     const Geometry& geometry = geometry_of(g);
     for (int64_t c = 0; c < c_ && !space_.convolutions.empty(); ++c)
       pad(geometry, state_planes(n, s) + c * geometry.h * geometry.w, work.padded[g > 0] + c * geometry.plane);
   }
   void pad_normalised(int64_t n, int64_t plane, T* padded) const {
+    Timed timed(Phase::kPad);
     for (int64_t c = 0; c < c_; ++c)
       normalise_relu(second_, result(n, plane, c), nodes_.out_row, rstd_of(plane, c), mean_of(plane, c), T(0),
                      padded + c * second_.plane);
@@ -595,16 +624,18 @@ class MixedCell {
   // Computes the moments of C planes of one image; combines those of all images to the statistics of the planes
   // [first, end).
   void compute_all_moments(int64_t n, int64_t plane) {
+    Timed timed(Phase::kNormalisation);
     for (int64_t c = 0; c < c_; ++c)
       compute_moments(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
   }
   void combine(int64_t first, int64_t end) {
-#pragma omp for schedule(static)
-    for (int64_t k = first * c_; k < end * c_; ++k) {
+    share((end - first) * c_, 16, [&](int64_t plane) {
+      Timed timed(Phase::kNormalisation);
+      const int64_t k = first * c_ + plane;
       double mean, variance;
       combine_moments(moments_.data() + 2 * k, n_, 2 * planes(), nodes_.h * nodes_.w, &mean, &variance);
       statistics_[2 * k] = mean, statistics_[2 * k + 1] = 1 / std::sqrt(variance + epsilon_);
-    }
+    });
   }
 
   const Space& space_;
@@ -624,8 +655,8 @@ class MixedCell {
   // Gradients of the nodes [N, nodes, channels as of `unshuffled`], and of the first normalisation's output in the
   // sep_convs of a group.
   T *gradient_, *half_gradient_;
-  std::vector<double> sums_, dot_products_, half_sums_, rest_products_;
-  std::vector<T> node_mean_, d_mean_, slope_;    // mean gradients of nodes; arguments of batch_norm_backward by plane
+  std::vector<double> sums_, dot_products_, half_sums_, rest_products_, scale_gradients_;
+  std::vector<T> d_mean_, slope_;                // arguments of batch_norm_backward by plane
 };
 
 // Returns the number of saved planes per image; at least 1, because Paddle 2.6 refuses an empty tensor.
