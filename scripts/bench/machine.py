@@ -112,27 +112,30 @@ def operations(task: str, channels: int, layers: int, batch_size: int, unrolled:
 def machine(args) -> list[dict]:
     """The share of the machine's matrix rate that each step reaches, and its time by phases.
 
-    The rate is that of the fastest of several products of large matrices, one after each step.
+    The rate is that of the fastest of all products of large matrices, one after each round of each step.
     """
-    rows = []
-    product = Side('matrix_product', size=PRODUCT)
-    for what, task, settings in steps_of('search', args.sizes) + steps_of('training', args.sizes):
+    steps = steps_of('search', args.sizes) + steps_of('training', args.sizes)
+    product, products, times, phases = Side('matrix_product', size=PRODUCT), [], [], []
+    for _, task, settings in steps:
         side = Side(f'project_{task}', **settings)
         seconds = alternate({'project': side.step, 'product': product.step}, args.rounds)
         side.end()
-        time = medians({'project': seconds['project']})
-        needed = operations(task, **settings)
-        rate = 2 * PRODUCT ** 3 / min(seconds['product'])
-        rows += [{'what': f'{what}, time', 'unit': 's', **time}] + [
-            {'what': f'{what}, {name}', 'unit': unit, 'project': value} for name, unit, value in (
-                ('arithmetic', 'GFLOP', needed / 1e9), ('matrix rate', 'GFLOP/s', rate / 1e9),
-                ('time at the matrix rate', 's', needed / rate),
-                ('share of the matrix rate', '%', 100 * needed / rate / time['project']))]
+        products += seconds.pop('product')
+        times.append(medians(seconds))
         side = Side('project_phases', task=task, **settings)
         side.end()
-        rows += [{'what': f'{what}, {phase}', 'unit': '% of time', 'project': percent}
-                 for phase, percent in side.answer['percent'].items()]
+        phases.append(side.answer['percent'])
     product.end()
+    rate = 2 * PRODUCT ** 3 / min(products)
+    rows = [{'what': f'matrix rate, product of {PRODUCT} x {PRODUCT}', 'unit': 'GFLOP/s', 'project': rate / 1e9}]
+    for (what, task, settings), time, percent in zip(steps, times, phases):
+        seconds = operations(task, **settings) / rate
+        rows += [{'what': f'{what}, time', 'unit': 's', **time},
+                 {'what': f'{what}, arithmetic', 'unit': 'GFLOP', 'project': seconds * rate / 1e9},
+                 {'what': f'{what}, time at the matrix rate', 'unit': 's', 'project': seconds},
+                 {'what': f'{what}, share of the matrix rate', 'unit': '%', 'project': 100 * seconds / time['project']}]
+        rows += [{'what': f'{what}, {phase}', 'unit': '% of time', 'project': value}
+                 for phase, value in percent.items()]
     return rows
 
 

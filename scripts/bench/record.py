@@ -13,7 +13,8 @@ from sides import AVX2, ENVIRONMENT, ROOT        # before utils: sets the path
 import utils
 
 FOLDER = os.path.join(ROOT, 'scripts', 'bench', 'results')
-SETTINGS = ('OMP_NUM_THREADS', 'CXX', *AVX2)     # in the environment of the sides; they change what is measured
+# Of the environment of the sides: what changes the measured times.
+SETTINGS = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'CXX', *AVX2)
 VECTORS = {'avx512f': 'AVX-512', 'avx2': 'AVX2', 'asimd': 'NEON'}
 
 
