@@ -385,11 +385,40 @@ void scatter_add(const Geometry& g, const T* gradient, const Taps<K>& taps, cons
     }
 }
 
+// How a product reads its right factor and writes its result.
+struct Plain {
+  template <typename T, int L>
+  static typename Vector<T, L>::type read(const T* p) { return load<T, L>(p); }
+  template <typename T, int L>
+  void write(T* to, typename Vector<T, L>::type v) const { store<T, L>(to, v); }
+};
+// Reads through a ReLU, which keeps a NaN.
+struct Rectified : Plain {
+  template <typename T, int L>
+  static typename Vector<T, L>::type read(const T* p) {
+    const auto v = load<T, L>(p);
+    return v < 0 ? typename Vector<T, L>::type{} : v;
+  }
+};
+// The result is the gradient of relu(x): writes (with add: adds) that of x. x and the result have the same layout.
+template <typename T>
+struct ThroughRelu : Plain {
+  const T *x, *result;
+  bool add;
+  ThroughRelu(const T* x, const T* result, bool add) : x(x), result(result), add(add) {}
+  template <typename, int L>
+  void write(T* to, typename Vector<T, L>::type v) const {
+    const typename Vector<T, L>::type zero{};
+    v = load<T, L>(x + (to - result)) > zero ? v : zero;
+    store<T, L>(to, add ? load<T, L>(to) + v : v);
+  }
+};
+
 // Computes ROWS x COLUMNS vectors of out = a b. a [rows, inner]: a_row and a_column are the distances between its rows
 // and columns; b [inner, size].
-template <typename T, int L, int ROWS, int COLUMNS>
+template <typename T, int L, int ROWS, int COLUMNS, typename Access>
 inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t inner,
-                          T* out, int64_t out_step) {
+                          T* out, int64_t out_step, const Access& access) {
   typename Vector<T, L>::type sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -398,7 +427,7 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
   for (int64_t k = 0; k < inner; ++k) {
     typename Vector<T, L>::type columns[COLUMNS];
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = load<T, L>(b + k * b_step + c * L);
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = Access::template read<T, L>(b + k * b_step + c * L);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const T factor = a[r * a_row + k * a_column];
@@ -409,7 +438,7 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_step + c * L, sums[r][c]);
+    for (int c = 0; c < COLUMNS; ++c) access.template write<T, L>(out + r * out_step + c * L, sums[r][c]);
 }
 
 // Calls f(r, std::integral_constant<int, ROWS>) for tiles of ROWS rows from row r on, which cover all rows.
@@ -426,33 +455,34 @@ inline void for_tiles(int64_t rows, F f) {
   }
 }
 
-template <typename T, int L, int COLUMNS>
+template <typename T, int L, int COLUMNS, typename Access>
 void multiply_columns(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows,
-                      int64_t inner, T* out, int64_t out_step) {
+                      int64_t inner, T* out, int64_t out_step, const Access& access) {
   for_tiles(rows, [&](int64_t r, auto count) {
     multiply_tile<T, L, decltype(count)::value, COLUMNS>(a + r * a_row, a_row, a_column, b, b_step, inner,
-                                                         out + r * out_step, out_step);
+                                                         out + r * out_step, out_step, access);
   });
 }
 
 // Computes out [rows, size] = a [rows, inner] b [inner, size]. size is a multiple of L; *_step: distance between rows.
 // A few columns of b stay in the cache while they are multiplied by all rows of a.
-template <typename T, int L>
+template <typename T, int L, typename Access = Plain>
 void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows, int64_t inner,
-              int64_t size, T* out, int64_t out_step) {
+              int64_t size, T* out, int64_t out_step, const Access& access = Access()) {
   // A row of a plane of 8 x 8 is shorter than the widest vector, but the plane as one row of 64 numbers is not.
   if (L < kMaxLanes<T> && size % kMaxLanes<T> == 0)
-    return multiply<T, kMaxLanes<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step);
+    return multiply<T, kMaxLanes<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step, access);
   constexpr int COLUMNS = kTileColumns;
   int64_t p = 0;
   for (; p + COLUMNS * L <= size; p += COLUMNS * L)
-    multiply_columns<T, L, COLUMNS>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
-  for (; p < size; p += L) multiply_columns<T, L, 1>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
+    multiply_columns<T, L, COLUMNS>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step, access);
+  for (; p < size; p += L)
+    multiply_columns<T, L, 1>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step, access);
 }
 
 // Adds to ROWS x COLUMNS numbers of `out` the products of rows of a and rows of b. Not inlined: in a larger function
 // there are not enough registers for the addresses of the rows.
-template <typename T, int L, int ROWS, int COLUMNS>
+template <typename T, int L, int ROWS, int COLUMNS, typename Access>
 __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t size, T* out,
                                           int64_t out_row) {
   typename Vector<T, L>::type sums[ROWS][COLUMNS];
@@ -463,7 +493,7 @@ __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b
   for (int64_t p = 0; p < size; p += L) {
     typename Vector<T, L>::type columns[COLUMNS];
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = load<T, L>(b + c * b_step + p);
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = Access::template read<T, L>(b + c * b_step + p);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const auto row = load<T, L>(a + r * a_step + p);
@@ -477,23 +507,23 @@ __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b
     for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += totals[r * COLUMNS + c];
 }
 
-template <typename T, int L, int ROWS>
+template <typename T, int L, int ROWS, typename Access>
 void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out) {
   constexpr int COLUMNS = kTileColumns;
   int64_t c = 0;
   for (; c + COLUMNS <= columns; c += COLUMNS)
-    outer_tile<T, L, ROWS, COLUMNS>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
-  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
+    outer_tile<T, L, ROWS, COLUMNS, Access>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
+  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1, Access>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
 }
 
 // Computes out [rows, columns] += a [rows, size] b [columns, size]^T. size is a multiple of L.
-template <typename T, int L>
+template <typename T, int L, typename Access = Plain>
 void add_outer(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t rows, int64_t columns, int64_t size,
                T* out) {
   if (L < kMaxLanes<T> && size % kMaxLanes<T> == 0)
-    return add_outer<T, kMaxLanes<T>>(a, a_step, b, b_step, rows, columns, size, out);
+    return add_outer<T, kMaxLanes<T>, Access>(a, a_step, b, b_step, rows, columns, size, out);
   for_tiles(rows, [&](int64_t r, auto count) {
-    outer_rows<T, L, decltype(count)::value>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns);
+    outer_rows<T, L, decltype(count)::value, Access>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns);
   });
 }
 
@@ -799,24 +829,62 @@ void relu_backward(const Geometry& g, const T* x, const T* gradient, bool add, T
   }
 }
 
-// The input of a 1x1 convolution after a ReLU: with stride 1 all places of a plane [h, w], with stride 2 one of the two
-// grids of FactorizedReduce, which take every second place; grid 1 starts one pixel further down and right. Planes of a
-// grid have the layout of output planes and distances of g.step.
-template <typename T>
-class RectifiedGrid {
+// A 1x1 convolution after a ReLU, on all places of a plane [h, w] (stride 1) or on one of the two grids of
+// FactorizedReduce (stride 2), which take every second place; grid 1 starts one pixel further down and right. Where the
+// places are no contiguous vectors, they are copied to planes in the layout of output planes first.
+template <typename T, int L>
+class RectifiedConvolution {
  public:
-  RectifiedGrid(const Geometry& g, int64_t channels) : g_(g), channels_(channels) {}
+  RectifiedConvolution(const Geometry& g, int64_t channels)
+      : g_(g), channels_(channels), direct_(g.stride == 1 && g.out_row == g.out_w) {}
 
-  // Copies the rectified places of `channels` planes x to the planes `to`.
-  void gather(const T* x, int64_t grid, T* to) const {
-    g_.stride == 1 ? gather_strided<1>(x, grid, to) : gather_strided<2>(x, grid, to);
+  // Numbers of the temporary memory `grid` of the calls below.
+  int64_t grid_size() const { return direct_ ? 0 : channels_ * g_.step; }
+
+  // Computes `rows` output planes at distances of `step`; weight [rows, channels]; x: `channels` planes [h, w].
+  void forward(const T* x, int64_t number, const T* weight, int64_t rows, T* grid, T* out, int64_t step) const {
+    if (direct_) {
+      Timed timed(Phase::kPointwise);
+      return multiply<T, L>(weight, channels_, 1, x, g_.size, rows, channels_, g_.size, out, step, Rectified());
+    }
+    gather(x, number, grid);
+    Timed timed(Phase::kPointwise);
+    multiply<T, L>(weight, channels_, 1, grid, g_.step, rows, channels_, g_.size, out, step);
   }
-  // Computes to = (with add: +=) the gradient of x from the gradient of the grid. Without add the other places of a
-  // plane are set to 0 by grid 0 and kept by grid 1.
-  void backward(const T* x, int64_t grid, const T* gradient, bool add, T* to) const {
-    const int64_t plane = g_.h * g_.w, first = grid * (g_.w + 1);
+  // Adds the gradient of the weights. d: gradient of the output, planes at distances of g.step.
+  void add_weight_gradient(const T* x, int64_t number, const T* d, int64_t rows, T* grid, T* weight_gradient) const {
+    if (direct_) {
+      Timed timed(Phase::kPointwise);
+      return add_outer<T, L, Rectified>(d, g_.step, x, g_.size, rows, channels_, g_.size, weight_gradient);
+    }
+    gather(x, number, grid);
+    Timed timed(Phase::kPointwise);
+    add_outer<T, L>(d, g_.step, grid, g_.step, rows, channels_, g_.size, weight_gradient);
+  }
+  // Computes to = (with add: +=) the gradient of x. Without add the other places of a plane are set to 0 by grid 0 and
+  // kept by grid 1.
+  void backward(const T* x, int64_t number, const T* weight, const T* d, int64_t rows, T* grid, bool add, T* to) const {
+    {
+      Timed timed(Phase::kPointwise);
+      if (direct_)
+        return multiply<T, L>(weight, 1, channels_, d, g_.step, channels_, rows, g_.size, to, g_.size,
+                              ThroughRelu<T>(x, to, add));
+      multiply<T, L>(weight, 1, channels_, d, g_.step, channels_, rows, g_.size, grid, g_.step);
+    }
+    scatter(x, number, grid, add, to);
+  }
+
+  // Copies the rectified places of the planes x to the planes `grid`.
+  void gather(const T* x, int64_t number, T* grid) const {
+    Timed timed(Phase::kPad);
+    g_.stride == 1 ? gather_strided<1>(x, number, grid) : gather_strided<2>(x, number, grid);
+  }
+  // Computes to = (with add: +=) the gradient of x from that of a grid, as `backward`.
+  void scatter(const T* x, int64_t number, const T* gradient, bool add, T* to) const {
+    Timed timed(Phase::kPad);
+    const int64_t plane = g_.h * g_.w, first = number * (g_.w + 1);
     for (int64_t c = 0; c < channels_; ++c, x += plane, to += plane, gradient += g_.step) {
-      if (g_.stride == 2 && !add && grid == 0) std::fill(to, to + plane, T(0));
+      if (g_.stride == 2 && !add && number == 0) std::fill(to, to + plane, T(0));
       for (int64_t i = 0; i < rows(); ++i) {
         const T *in = x + first + i * g_.stride * g_.w, *d = gradient + i * g_.out_row;
         T* out = to + first + i * g_.stride * g_.w;
@@ -834,9 +902,9 @@ class RectifiedGrid {
 
  private:
   template <int S>
-  void gather_strided(const T* x, int64_t grid, T* to) const {
+  void gather_strided(const T* x, int64_t number, T* to) const {
     for (int64_t c = 0; c < channels_; ++c, x += g_.h * g_.w, to += g_.step) {
-      const T* from = x + grid * (g_.w + 1);
+      const T* from = x + number * (g_.w + 1);
       for (int64_t i = 0; i < rows(); ++i)
 #pragma omp simd
         for (int64_t j = 0; j < columns(); ++j) {
@@ -851,6 +919,7 @@ class RectifiedGrid {
 
   const Geometry g_;
   const int64_t channels_;
+  const bool direct_;
 };
 
 // Calls f(k) for k < count, in a parallel region. A thread takes the next `chunk` numbers when it is idle, so that one

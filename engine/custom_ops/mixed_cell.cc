@@ -547,7 +547,7 @@ class MixedCell {
           for (int64_t p = c * nodes_.step; p < c * nodes_.step + size_; ++p) sum[p] += work.inner_gradient[p];
       }
     }
-    for (int half = 0; half < 2; ++half) grid_.backward(state, half, work.grids_gradient[half], true, to);
+    for (int half = 0; half < 2; ++half) grid_.scatter(state, half, work.grids_gradient[half], true, to);
   }
 
   // Returns the weights of an edge in block `index` of a group.
@@ -645,7 +645,7 @@ class MixedCell {
   const Geometry inputs_, nodes_, second_;       // of states 0 and 1; of the nodes; between the halves of a sep_conv
   const int64_t size_, count_;                   // numbers per saved plane; numbers per normalised channel
   const Pools<T> input_pools_, node_pools_;
-  const RectifiedGrid<T> grid_;
+  const RectifiedConvolution<T, L> grid_;
   std::vector<std::unique_ptr<SeparableConvolution<T>>> convolutions_[3];    // for the three geometries
   std::vector<Block> blocks_;                    // group by group, in the order of README.md
   std::vector<int> first_block_;                 // of each group
