@@ -107,15 +107,15 @@ class Pool : public Operation<T> {
   void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(pools_.bordered_size() + g_.size);
-      T *bordered = scratch.take(pools_.bordered_size()), *pooled = scratch.take(g_.size);
+      Scratch<T> scratch(pools_.work_size() + g_.size);
+      T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size);
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
           const T* from = x.data + n * x.image + c * g_.h * g_.w;
           T* to = out.data + n * out.image + c * g_.size;
-          if (max_) pools_.max(from, bordered, pooled);
-          else pools_.mean(from, bordered, pooled);
+          if (max_) pools_.max(from, work, pooled);
+          else pools_.mean(from, work, pooled);
           const T keep = mask[n];
           if (!add) std::fill(to, to + g_.size, T(0));
 #pragma omp simd
@@ -128,9 +128,8 @@ class Pool : public Operation<T> {
   void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T*) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(2 * pools_.bordered_size() + 2 * g_.size + g_.out_w);
-      T *bordered = scratch.take(pools_.bordered_size()), *gradient = scratch.take(pools_.bordered_size());
-      T *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
+      Scratch<T> scratch(pools_.work_size() + 2 * g_.size);
+      T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size);
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
@@ -139,15 +138,13 @@ class Pool : public Operation<T> {
           const T keep = mask[n];
 #pragma omp simd
           for (int64_t p = 0; p < g_.size; ++p) kept[p] = keep * d_plane[p];
-          std::fill(gradient, gradient + pools_.bordered_size(), T(0));
-          if (max_) {
-            pools_.max(from, bordered, pooled);
-            pools_.max_backward(from, pooled, kept, bordered, row, gradient);
-          } else {
-            pools_.mean_backward(kept, row, gradient);
-          }
           if (!add) std::fill(target, target + g_.h * g_.w, T(0));
-          pools_.add_interior(gradient, target);
+          if (max_) {
+            pools_.max(from, work, pooled);
+            pools_.max_backward(from, pooled, kept, work, target);
+          } else {
+            pools_.mean_backward(kept, work, target);
+          }
         }
       });
     }

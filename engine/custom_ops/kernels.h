@@ -372,16 +372,31 @@ void correlate_weights(const Geometry& g, const T* padded, const Taps<K>& taps, 
     correlate_weights<T, L, K, FIRST + TAPS>(g, padded, taps, gradient, weight_gradient);
 }
 
-// Adds to `padded`, a gradient in the layout of the padded input, the gradient of the output times each tap of the
-// kernel, at the positions that the tap reads. For strides > 1.
+// Adds to `padded`, a gradient in the layout of the padded input with stride 2, the products of kernel and gradient of
+// the output, at all places inside of the border. Such a place is read by every second tap of a row and column of the
+// kernel. bordered: memory for the output's gradient, with a border of 0 left and right, which stays 0; all convolutions
+// of a geometry can share it.
 template <typename T, int L, int K>
-void scatter_add(const Geometry& g, const T* gradient, const Taps<K>& taps, const T* weight, T* padded) {
+void correlate_back(const Geometry& g, const T* gradient, int64_t dilation, const T* weight, T* bordered, T* padded) {
+  const int64_t reach = dilation * (K / 2), margin = g.padding / 2 + 1, row = g.out_row + 2 * margin;
   for (int64_t r = 0; r < g.out_h; ++r)
-    for (int k = 0; k < K * K; ++k) {
-      const T w = weight[k];
-      T* to = padded + r * g.stride * g.row + taps.at[k];
-      for (int64_t c = 0; c < g.out_row; c += L)
-        store<T, L>(to + c, load<T, L>(to + c) + w * load<T, L>(gradient + r * g.out_row + c));
+    std::memcpy(bordered + r * row + margin, gradient + r * g.out_row, g.out_w * sizeof(T));
+  for (int64_t i = 0; i < g.h; ++i)
+    for (int64_t parity = 0; parity < 2; ++parity) {           // of the column
+      const T* from[K * K];
+      T factors[K * K];
+      int taps = 0;
+      for (int k = 0; k < K * K; ++k) {
+        const int64_t twice_r = i + reach - k / K * dilation, twice_shift = parity + reach - k % K * dilation;
+        if (twice_r % 2 || twice_shift % 2 || twice_r < 0 || twice_r >= 2 * g.out_h) continue;
+        from[taps] = bordered + twice_r / 2 * row + margin + twice_shift / 2, factors[taps++] = weight[k];
+      }
+      T* to = padded + g.at(i + g.padding, parity + g.padding);
+      for (int64_t c = 0; c < g.out_row; c += L) {
+        auto total = load<T, L>(to + c);
+        for (int k = 0; k < taps; ++k) total += factors[k] * load<T, L>(from[k] + c);
+        store<T, L>(to + c, total);
+      }
     }
 }
 
@@ -547,7 +562,8 @@ class SeparableConvolution {
 template <typename T, int L, int K>
 class Separable : public SeparableConvolution<T> {
  public:
-  Separable(const Geometry& g, int64_t dilation, int64_t channels) : g(g), taps(g, dilation), channels(channels) {}
+  Separable(const Geometry& g, int64_t dilation, int64_t channels)
+      : g(g), taps(g, dilation), dilation(dilation), channels(channels) {}
 
   void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
     depthwise(padded, weight, inner);
@@ -577,7 +593,7 @@ class Separable : public SeparableConvolution<T> {
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, d + r * g.out_row, g.out_w * sizeof(T));
         correlate<T, L, K, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
       } else {
-        scatter_add<T, L, K>(g, d, taps, weight + c * K * K, in_gradient + c * g.plane);
+        correlate_back<T, L, K>(g, d, dilation, weight + c * K * K, bordered, in_gradient + c * g.plane);
       }
     }
   }
@@ -591,7 +607,7 @@ class Separable : public SeparableConvolution<T> {
 
   const Geometry g;
   const Taps<K> taps;
-  const int64_t channels;
+  const int64_t dilation, channels;
 };
 
 // kernel: 3, 5 or 7.
@@ -607,9 +623,8 @@ std::unique_ptr<SeparableConvolution<T>> make_separable(int kernel, const Geomet
   PD_THROW("there is no separable convolution of this kernel size: ", kernel);
 }
 
-// Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row]. A plane is first copied into a border that does not
-// change the result: -infinity for the maximum, 0 for the mean, which divides by the number of places inside of the
-// plane.
+// Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row], first along the columns or rows, then along the other.
+// The mean divides by the number of places inside of the plane.
 template <typename T>
 class Pools {
  public:
@@ -619,104 +634,108 @@ class Pools {
         inverse_counts_[i * g.out_row + j] = T(1) / (window_length(i, g.h) * window_length(j, g.w));
   }
 
-  // Numbers of a plane with its border, and of the vectors that read beyond its end.
-  int64_t bordered_size() const { return (g_.h + 2) * row() + 16; }
+  // Numbers of the temporary memory `work` of the calls below.
+  int64_t work_size() const { return 3 * g_.h * g_.out_row + 2 * (g_.w + 2) + g_.out_row; }
 
-  // bordered: memory for the plane with its border.
-  void max(const T* x, T* bordered, T* to) const {
-    g_.stride == 1 ? max_strided<1>(x, bordered, to) : max_strided<2>(x, bordered, to);
+  void max(const T* x, T* work, T* to) const {
+    g_.stride == 1 ? pool<1>(x, work, to, -std::numeric_limits<T>::infinity(), larger)
+                   : pool<2>(x, work, to, -std::numeric_limits<T>::infinity(), larger);
   }
-  void mean(const T* x, T* bordered, T* to) const {
-    g_.stride == 1 ? mean_strided<1>(x, bordered, to) : mean_strided<2>(x, bordered, to);
-  }
-
-  // Both add the gradient of the pool's input to the bordered plane `gradient`; d [out_h, out_row]: gradient of its
-  // output. The first of several equal maxima gets the gradient, as in Paddle. maxima: the output; unclaimed: memory
-  // for a row of factors, 1 until a maximum has been found.
-  void max_backward(const T* x, const T* maxima, const T* d, T* bordered, T* unclaimed, T* gradient) const {
-    g_.stride == 1 ? max_backward_strided<1>(x, maxima, d, bordered, unclaimed, gradient)
-                   : max_backward_strided<2>(x, maxima, d, bordered, unclaimed, gradient);
-  }
-  // share: memory for a row.
-  void mean_backward(const T* d, T* share, T* gradient) const {
-    g_.stride == 1 ? mean_backward_strided<1>(d, share, gradient) : mean_backward_strided<2>(d, share, gradient);
-  }
-  // Adds the inside of a bordered plane to `to` [h, w].
-  void add_interior(const T* bordered, T* to) const {
-    for (int64_t i = 0; i < g_.h; ++i)
+  void mean(const T* x, T* work, T* to) const {
+    const auto add = [](T a, T b) { return a + b; };
+    g_.stride == 1 ? pool<1>(x, work, to, T(0), add) : pool<2>(x, work, to, T(0), add);
 #pragma omp simd
-      for (int64_t j = 0; j < g_.w; ++j) to[i * g_.w + j] += bordered[(i + 1) * row() + j + 1];
+    for (int64_t p = 0; p < g_.size; ++p) to[p] *= inverse_counts_[p];
+  }
+
+  // Both add the gradient of the pool's input to `gradient` [h, w]; d [out_h, out_row]: gradient of its output. The
+  // first of several equal maxima gets the gradient, as in Paddle. maxima: the output.
+  void max_backward(const T* x, const T* maxima, const T* d, T* work, T* gradient) const {
+    g_.stride == 1 ? max_backward_strided<1>(x, maxima, d, work, gradient)
+                   : max_backward_strided<2>(x, maxima, d, work, gradient);
+  }
+  void mean_backward(const T* d, T* work, T* gradient) const {
+    g_.stride == 1 ? mean_backward_strided<1>(d, work, gradient) : mean_backward_strided<2>(d, work, gradient);
   }
 
  private:
   // Returns how many of the 3 places of a window around place i * stride are inside of the plane.
-  int64_t window_length(int64_t i, int64_t size) const {
-    return std::min(i * g_.stride + 1, size - 1) - std::max<int64_t>(i * g_.stride - 1, 0) + 1;
-  }
-  int64_t row() const { return g_.w + 2; }
-  void copy_with_border(const T* x, T value, T* to) const {
-    std::fill(to, to + row() * (g_.h + 2), value);
-    for (int64_t i = 0; i < g_.h; ++i) std::memcpy(to + (i + 1) * row() + 1, x + i * g_.w, g_.w * sizeof(T));
-  }
-  template <int S>
-  void max_strided(const T* x, T* bordered, T* to) const {
-    copy_with_border(x, -std::numeric_limits<T>::infinity(), bordered);
+  int64_t window_length(int64_t i, int64_t size) const { return last_of(i, size) - first_of(i) + 1; }
+  int64_t first_of(int64_t i) const { return std::max<int64_t>(i * g_.stride - 1, 0); }
+  int64_t last_of(int64_t i, int64_t size) const { return std::min(i * g_.stride + 1, size - 1); }
+  static T larger(T a, T b) { return b > a || b != b ? b : a; }               // keeps a NaN
+
+  template <int S, typename F>
+  void pool(const T* x, T* line, T* to, T border, F f) const {
+    line[0] = line[g_.w + 1] = border;
     for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row) {
-      std::fill(to, to + g_.out_row, -std::numeric_limits<T>::infinity());
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+      std::memcpy(line + 1, x + first_of(i) * g_.w, g_.w * sizeof(T));
+      for (int64_t r = first_of(i) + 1; r <= last_of(i, g_.h); ++r)
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) {
-          const T value = from[j * S];
-          to[j] = value > to[j] || value != value ? value : to[j];            // keeps a NaN
-        }
-      }
+        for (int64_t j = 0; j < g_.w; ++j) line[j + 1] = f(line[j + 1], x[r * g_.w + j]);
+#pragma omp simd
+      for (int64_t j = 0; j < g_.out_w; ++j) to[j] = f(f(line[j * S], line[j * S + 1]), line[j * S + 2]);
       std::fill(to + g_.out_w, to + g_.out_row, T(0));
     }
   }
+  // Row by row: which of 3 neighbours is the first maximum. Then each output gives its gradient to the first of 3 rows
+  // whose maximum is that of the window, and the rows distribute what they got.
   template <int S>
-  void mean_strided(const T* x, T* bordered, T* to) const {
-    copy_with_border(x, T(0), bordered);
-    const T* inverse = inverse_counts_.data();
-    for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row, inverse += g_.out_row) {
-      std::fill(to, to + g_.out_row, T(0));
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+  void max_backward_strided(const T* x, const T* maxima, const T* d, T* work, T* gradient) const {
+    const int64_t row = g_.out_row;
+    T *row_maxima = work, *columns = row_maxima + g_.h * row, *received = columns + g_.h * row;
+    T *line = received + g_.h * row, *distributed = line + g_.w + 2, *unclaimed = distributed + g_.w + 2;
+    line[0] = line[g_.w + 1] = -std::numeric_limits<T>::infinity();
+    for (int64_t r = 0; r < g_.h; ++r) {
+      std::memcpy(line + 1, x + r * g_.w, g_.w * sizeof(T));
+      T *largest = row_maxima + r * row, *column = columns + r * row;
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) to[j] += from[j * S];
+      for (int64_t j = 0; j < g_.out_w; ++j) {
+        const T a = line[j * S], b = line[j * S + 1], c = line[j * S + 2], ab = larger(a, b);
+        largest[j] = larger(ab, c);
+        column[j] = c > ab ? T(2) : b > a ? T(1) : T(0);
       }
-#pragma omp simd
-      for (int64_t j = 0; j < g_.out_w; ++j) to[j] *= inverse[j];
+      std::fill_n(received + r * row, g_.out_w, T(0));
     }
-  }
-  template <int S>
-  void max_backward_strided(const T* x, const T* maxima, const T* d, T* bordered, T* unclaimed, T* gradient) const {
-    copy_with_border(x, -std::numeric_limits<T>::infinity(), bordered);
-    for (int64_t i = 0; i < g_.out_h; ++i, maxima += g_.out_row, d += g_.out_row) {
-      std::fill(unclaimed, unclaimed + g_.out_w, T(1));
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
-        T* at = gradient + (i * S + k / 3) * row() + k % 3;
+    for (int64_t i = 0; i < g_.out_h; ++i, maxima += row, d += row) {
+      std::fill_n(unclaimed, g_.out_w, T(1));
+      for (int64_t r = first_of(i); r <= last_of(i, g_.h); ++r) {
+        const T* largest = row_maxima + r * row;
+        T* to = received + r * row;
 #pragma omp simd
         for (int64_t j = 0; j < g_.out_w; ++j) {
-          const T claimed = from[j * S] == maxima[j] ? unclaimed[j] : T(0);
-          at[j * S] += claimed * d[j];
+          const T claimed = largest[j] == maxima[j] ? unclaimed[j] : T(0);
+          to[j] += claimed * d[j];
           unclaimed[j] -= claimed;
         }
       }
     }
+    for (int64_t r = 0; r < g_.h; ++r) {
+      const T *column = columns + r * row, *from = received + r * row;
+      std::fill_n(distributed, g_.w + 2, T(0));
+      for (int k = 0; k < 3; ++k)
+#pragma omp simd
+        for (int64_t j = 0; j < g_.out_w; ++j) distributed[j * S + k] += column[j] == k ? from[j] : T(0);
+#pragma omp simd
+      for (int64_t j = 0; j < g_.w; ++j) gradient[r * g_.w + j] += distributed[j + 1];
+    }
   }
   template <int S>
-  void mean_backward_strided(const T* d, T* share, T* gradient) const {
-    const T* inverse = inverse_counts_.data();
-    for (int64_t i = 0; i < g_.out_h; ++i, d += g_.out_row, inverse += g_.out_row) {
+  void mean_backward_strided(const T* d, T* work, T* gradient) const {
+    T *received = work, *distributed = received + g_.out_row;
+    for (int64_t r = 0; r < g_.h; ++r) {
+      std::fill_n(received, g_.out_w, T(0));
+      // The outputs whose windows contain row r.
+      for (int64_t i = std::max<int64_t>(0, r + S - 2) / S; i <= std::min((r + 1) / S, g_.out_h - 1); ++i)
 #pragma omp simd
-      for (int64_t j = 0; j < g_.out_w; ++j) share[j] = d[j] * inverse[j];
-      for (int k = 0; k < 9; ++k) {
-        T* at = gradient + (i * S + k / 3) * row() + k % 3;
+        for (int64_t j = 0; j < g_.out_w; ++j)
+          received[j] += d[i * g_.out_row + j] * inverse_counts_[i * g_.out_row + j];
+      std::fill_n(distributed, g_.w + 2, T(0));
+      for (int k = 0; k < 3; ++k)
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) at[j * S] += share[j];
-      }
+        for (int64_t j = 0; j < g_.out_w; ++j) distributed[j * S + k] += received[j];
+#pragma omp simd
+      for (int64_t j = 0; j < g_.w; ++j) gradient[r * g_.w + j] += distributed[j + 1];
     }
   }
 
