@@ -17,23 +17,31 @@ from genotypes import DARTS_SPACE
 from reference import supernet
 
 
+def forward(channels: int, classes: int, layers: int) -> tuple:
+    """Adds the supernet to the program under construction; returns the logits and {name: variable} of all parameters.
+
+    The parameters are weights and alphas, the input `images` is [N, 3, 32, 32].
+    """
+    shapes = supernet.weight_shapes(channels, classes, layers)
+    for name in ('alphas_normal', 'alphas_reduce'):
+        shapes[name] = DARTS_SPACE.edges, len(DARTS_SPACE.primitives)
+    images = paddle.static.data('images', [None, 3, 32, 32], 'float32')
+    weights = {name: paddle.static.create_parameter(
+        shape, 'float32', name=name, default_initializer=paddle.nn.initializer.Constant(0.0))
+        for name, shape in shapes.items()}
+    # Paddle's normalisation instead of the formula written out: no more operators than the peer needs.
+    with mock.patch.object(supernet, 'batch_norm', operations.batch_norm):
+        return supernet.forward(weights, weights, images, channels, layers), weights
+
+
 class EdgeByEdge:
     """The program on the CPU, for images of 32 x 32; channels, classes, layers: those of a Supernet."""
 
     def __init__(self, channels: int, classes: int, layers: int):
-        shapes = supernet.weight_shapes(channels, classes, layers)
-        for name in ('alphas_normal', 'alphas_reduce'):
-            shapes[name] = DARTS_SPACE.edges, len(DARTS_SPACE.primitives)
         self.program = paddle.static.Program()
         with paddle.static.program_guard(self.program, paddle.static.Program()):
-            images = paddle.static.data('images', [None, 3, 32, 32], 'float32')
             labels = paddle.static.data('labels', [None, 1], 'int64')
-            weights = {name: paddle.static.create_parameter(
-                shape, 'float32', name=name, default_initializer=paddle.nn.initializer.Constant(0.0))
-                for name, shape in shapes.items()}
-            # Paddle's normalisation instead of the formula written out: no more operators than the peer needs.
-            with mock.patch.object(supernet, 'batch_norm', operations.batch_norm):
-                logits = supernet.forward(weights, weights, images, channels, layers)
+            logits, weights = forward(channels, classes, layers)
             loss = F.cross_entropy(logits, labels)
             self.fetches = [loss, *paddle.static.gradients([loss], list(weights.values()))]
         self.operators = len(self.program.global_block().ops)

@@ -12,7 +12,7 @@ import imagenet_reader
 import reader
 import utils
 from engine.workers import Workers
-from sides import Side, alternate
+from sides import Side, alternate, medians
 
 IMAGES = 64                                  # of imagenet_input
 
@@ -26,8 +26,8 @@ def cifar_input(args) -> list[dict]:
         'project': lambda: batches.batch(0, 3),
         'peer': lambda: augment_singly(data.train_images[:64], data.mean, data.std, 0)}, args.rounds)
     side = Side('project_waiting')
-    return [{'what': 'CIFAR training images, batch 64', 'unit': 'images/s', 'project': 64 / seconds['project'],
-             'peer': 64 / seconds['peer'], 'peer is': 'image by image, numpy'},
+    return [{'what': 'CIFAR training images, batch 64', 'unit': 'images/s', **per_second(64, **seconds),
+             'peer is': 'image by image, numpy'},
             {'what': 'first-order search, batch 16: waiting for input', 'unit': '%', 'project': side.answer['percent']},
             {'what': 'first-order search, batch 16: peak memory', 'unit': 'GB', 'project': side.end()}]
 
@@ -64,10 +64,16 @@ def imagenet_input(args) -> list[dict]:
                                       for number, path in enumerate(paths)]),
             'valid': lambda: valid.batch(0, 0)}, args.rounds)
     return [{'what': f'ImageNet training images, one core ({size:.0f} KB each)', 'unit': 'images/s',
-             'project': IMAGES / seconds['train'], 'peer': IMAGES / seconds['peer'],
+             **per_second(IMAGES, project=seconds['train'], peer=seconds['peer']),
              'peer is': 'separate transformations, Pillow'},
-            {'what': 'ImageNet validation images, one core', 'unit': 'images/s', 'project': IMAGES / seconds['valid']},
+            {'what': 'ImageNet validation images, one core', 'unit': 'images/s',
+             **per_second(IMAGES, project=seconds['valid'])},
             {'what': 'peak memory of the process with both', 'unit': 'GB', 'project': utils.peak_memory()}]
+
+
+def per_second(images: int, **seconds: list[float]) -> dict:
+    """Returns the fields of a row, images per second, of the seconds that each side took for the images."""
+    return medians({name: [images / value for value in rounds] for name, rounds in seconds.items()})
 
 
 def make_images(folder: str, count: int) -> list[str]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
+import itertools
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -28,12 +31,40 @@ import utils
 import numpy as np
 
 ENVIRONMENT = dict(os.environ)              # of the sides; Paddle sets OMP_NUM_THREADS to 1 when it is imported
+# Switches AVX-512 off in the operators of this project, PyTorch, oneDNN, MKL (Paddle's products), OpenBLAS (numpy's).
+AVX2 = {'CXXFLAGS': '-mno-avx512f', 'ATEN_CPU_CAPABILITY': 'avx2', 'ONEDNN_MAX_CPU_ISA': 'AVX2',
+        'MKL_ENABLE_INSTRUCTIONS': 'AVX2', 'OPENBLAS_CORETYPE': 'Haswell'}
 CHANNELS, LAYERS = 16, 8                    # of the supernet
 TRAINED_CHANNELS, TRAINED_LAYERS = 36, 20   # of DARTS_PADDLE for CIFAR-10
 
 # How PyTorch keeps images in memory, and whether it compiles the network.
 LAYOUTS = ('contiguous_format', 'channels_last')
 COMPILED = 'channels_last compiled'
+
+
+class Size(NamedTuple):
+    """The size of a network and of its batch; layers: number of cells."""
+    channels: int
+    layers: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return 'C {}, {} cells, batch {}'.format(*self)
+
+
+SEARCH_SIZES = Size(CHANNELS, LAYERS, 16), Size(CHANNELS, LAYERS, 64), Size(4, 5, 64)
+TRAINING_SIZES = Size(TRAINED_CHANNELS, TRAINED_LAYERS, 32), Size(8, 5, 64), Size(16, 8, 64)
+
+
+def steps_of(task: str, sizes: list[Size] | None) -> list[tuple[str, str, dict]]:
+    """Returns (name, task, settings of the side) of the steps of a task, 'search' or 'training'.
+
+    sizes: None for those that the benchmark measures by default.
+    """
+    if task == 'training':
+        return [(f'training, {size}', task, size._asdict()) for size in sizes or TRAINING_SIZES]
+    return [(f'search, {order} order, {size}', task, dict(size._asdict(), unrolled=order == 'second'))
+            for size in sizes or SEARCH_SIZES for order in ('second', 'first')]
 
 
 class Side:
@@ -69,7 +100,7 @@ class Side:
         with self.process:
             status = self.process.wait()
         raise utils.UserError(f"the process {self.name} of the benchmark ended early: " + (
-            "the system killed it, usually for lack of memory; try a smaller --batch_size"
+            "the system killed it, usually for lack of memory; try a smaller batch with --sizes"
             if status == -signal.SIGKILL else f"exit code {status}; its error message is above"))
 
 
@@ -84,8 +115,8 @@ def serve(answer: dict, step: Callable | None = None) -> None:
         print('{}', flush=True)
 
 
-def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Calls the functions alternately; returns {name: median seconds per call} after one untimed call of each."""
+def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Calls the functions alternately; returns {name: seconds of each round} after one untimed call of each."""
     seconds = {name: [] for name in functions}
     for number in range(-1, rounds):
         for name, function in functions.items():
@@ -93,7 +124,18 @@ def alternate(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
             function()
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
+
+
+def medians(values: dict[str, list[float]]) -> dict:
+    """Returns the fields of a row: the median of each side, {name: value of each round}, and their spread.
+
+    `spread` has the lowest and highest value of each side, and of the ratio of project and peer in the same round.
+    """
+    fields = {name: statistics.median(rounds) for name, rounds in values.items()}
+    if 'peer' in values:
+        values = dict(values, ratio=[own / peer for own, peer in zip(values['project'], values['peer'])])
+    return dict(fields, spread={name: [min(rounds), max(rounds)] for name, rounds in values.items()})
 
 
 def random_batches(batch_size: int) -> list[tuple]:
@@ -125,34 +167,50 @@ def make_search(channels: int = CHANNELS, layers: int = LAYERS, unrolled: bool =
     return supernet, step
 
 
-def project_search(batch_size: int, unrolled: bool, weights: str | None = None, channels: int = CHANNELS,
-                   layers: int = LAYERS, partial_channels: int = 1) -> None:
-    """Steps of the search. Weights and alpha at the start go to the file `weights`."""
+def prepare_search(batch_size: int, unrolled: bool, channels: int = CHANNELS, layers: int = LAYERS,
+                   partial_channels: int = 1) -> tuple:
+    """Returns a Supernet, its random batch for training, and step()."""
     supernet, search = make_search(channels, layers, unrolled, partial_channels=partial_channels)
+    train, valid = random_batches(batch_size)
+    return supernet, train, lambda: search(supernet.feed(*train), supernet.feed(*valid))
+
+
+def project_search(weights: str | None = None, **settings) -> None:
+    """Steps of `prepare_search`. Weights and alpha at the start go to the file `weights`."""
+    supernet, train, step = prepare_search(**settings)
     if weights:
         np.savez(weights, **supernet.weights(), **supernet.alphas())
-    train, valid = random_batches(batch_size)
     result = supernet.gradients(*train)
-    serve({'loss': result.loss, 'alphas_normal': result.alphas['alphas_normal'].tolist()},
-          lambda: search(supernet.feed(*train), supernet.feed(*valid)))
+    serve({'loss': result.loss, 'alphas_normal': result.alphas['alphas_normal'].tolist()}, step)
 
 
-def project_training(batch_size: int, weights: str) -> None:
-    """Steps of the training of DARTS_PADDLE for CIFAR-10. The weights at the start go to the file `weights`."""
-    from engine import custom_ops
-    from engine.optimizers import MomentumSGD
+def make_network(channels: int, layers: int):
+    """Returns DARTS_PADDLE for CIFAR-10 with auxiliary head and drop path, the defaults of train.py."""
     import genotypes
     from model import NetworkCIFAR
+    return NetworkCIFAR(genotypes.DARTS_PADDLE, channels, 10, layers, auxiliary=0.4, use_drop_path=True)
+
+
+def prepare_training(batch_size: int, channels: int, layers: int) -> tuple:
+    """Returns the network of `make_network`, its random batch, and step()."""
+    from engine import custom_ops
+    from engine.optimizers import MomentumSGD
     custom_ops.enable()
-    network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=0.4,
-                           use_drop_path=True)
+    network = make_network(channels, layers)
     optimizer = MomentumSGD(network.store, 0.9, 3e-4, 5.0)
-    np.savez(weights, **network.weights())
     train, _ = random_batches(batch_size)
 
     def step():
         network.run(network.feed(*train), 0.1, 0)
         optimizer.step(0.025)
+    return network, train, step
+
+
+def project_training(weights: str | None = None, **settings) -> None:
+    """Steps of `prepare_training`. The weights at the start go to the file `weights`."""
+    network, train, step = prepare_training(**settings)
+    if weights:
+        np.savez(weights, **network.weights())
     serve({'loss': network.run(network.feed(*train)).loss}, step)
 
 
@@ -258,6 +316,41 @@ def project_operators(batch_size: int, channels: int, layers: int) -> None:
     serve({'shares': [(name, 100 * time / total) for name, time in times.most_common(8)]})
 
 
+def project_phases(task: str, steps: int = 3, **settings) -> None:
+    """The percentages of the time of steps that the phases of the compiled operators take, and everything else.
+
+    100 % are all threads during the steps. Operators of Paddle count as if they occupied all threads, because the
+    executor runs one operator at a time.
+    """
+    os.environ['CXXFLAGS'] = os.environ.get('CXXFLAGS', '') + ' -DDARTS_PROFILE'     # before custom_ops is imported
+    from engine import custom_ops
+    import paddle
+    *_, step = {'search': prepare_search, 'training': prepare_training}[task](**settings)
+    if not custom_ops.enabled():
+        raise utils.UserError("no phases can be measured: the compiled operators are off, the reason is above")
+    library = ctypes.CDLL(custom_ops.library_path())
+    names = itertools.takewhile(bool, (ctypes.c_char_p * 16).in_dll(library, 'darts_phase_names'))
+    seconds = (ctypes.c_double * 16).in_dll(library, 'darts_phase_seconds')
+    walls = []
+
+    def timed_step():
+        began = time.perf_counter()
+        step()
+        walls.append(time.perf_counter() - began)
+    timed_step()
+    walls, before = [], list(seconds)
+    for _ in range(steps):
+        timed_step()
+    percent = {name.decode(): 100 * (after - first) / sum(walls) / custom_ops.threads()
+               for name, first, after in zip(names, before, seconds)}
+    # Steps of their own, because the profiler takes time.
+    walls = []
+    operators = sum(event.end_ns - event.start_ns for event in profile(timed_step, steps)
+                    if event.type == paddle.base.core.TracerEventType.Operator and 'darts_' not in event.name)
+    percent["Paddle's own operators"] = operators / sum(walls) / 1e7
+    serve({'percent': dict(percent, host=100 - sum(percent.values()))})
+
+
 # ---------------------------------------------------------------------------------------------------
 # Peers
 
@@ -289,11 +382,11 @@ def prepare_pytorch(network, batch_size: int, weights: str, layout: str) -> tupl
     return network, optimizer, batches
 
 
-def pytorch_search(batch_size: int, unrolled: bool, weights: str, layout: str) -> None:
+def pytorch_search(batch_size: int, unrolled: bool, channels: int, layers: int, weights: str, layout: str) -> None:
     """Steps of the search in PyTorch, from the weights and alpha in the file `weights`."""
     import torch
     from reference.pytorch import Architect, MixedOp, Supernet, search_step
-    network, optimizer, batches = prepare_pytorch(Supernet(CHANNELS, 10, LAYERS), batch_size, weights, layout)
+    network, optimizer, batches = prepare_pytorch(Supernet(channels, 10, layers), batch_size, weights, layout)
     if layout == COMPILED:
         # Edge by edge, one function per shape: the compilation of a whole supernet did not end within 27 minutes.
         # Beyond the limit of recompilations an edge would stay uncompiled without an error.
@@ -310,12 +403,12 @@ def pytorch_search(batch_size: int, unrolled: bool, weights: str, layout: str) -
           lambda: search_step(network, architect, optimizer, *batches))
 
 
-def pytorch_training(batch_size: int, weights: str, layout: str) -> None:
-    """Steps of the training of DARTS_PADDLE for CIFAR-10 in PyTorch, from the weights in the file `weights`."""
+def pytorch_training(batch_size: int, channels: int, layers: int, weights: str, layout: str) -> None:
+    """Steps of the training of `make_network` in PyTorch, from the weights in the file `weights`."""
     import torch
     import genotypes
     from reference.pytorch import NetworkCIFAR
-    network = NetworkCIFAR(genotypes.DARTS_PADDLE, TRAINED_CHANNELS, 10, TRAINED_LAYERS, auxiliary=True)
+    network = NetworkCIFAR(genotypes.DARTS_PADDLE, channels, 10, layers, auxiliary=True)
     network, optimizer, [(images, labels), _] = prepare_pytorch(network, batch_size, weights, layout)
     if layout == COMPILED:
         network = torch.compile(network)
@@ -335,9 +428,16 @@ def pytorch_training(batch_size: int, weights: str, layout: str) -> None:
     serve({'loss': float(total_loss().detach())}, step)
 
 
+def matrix_product(size: int) -> None:
+    """Products of two square float32 matrices by numpy, which uses all cores; the process does not import Paddle."""
+    left, right = np.random.default_rng(0).normal(size=(2, size, size)).astype('float32')
+    result = np.empty_like(left)
+    serve({}, lambda: np.matmul(left, right, out=result))
+
+
 SIDES = {side.__name__: side for side in (project_search, project_training, project_start, project_waiting,
-                                          project_host, project_operators, edge_by_edge_start, pytorch_search,
-                                          pytorch_training)}
+                                          project_host, project_operators, project_phases, edge_by_edge_start,
+                                          pytorch_search, pytorch_training, matrix_product)}
 
 
 if __name__ == '__main__':
