@@ -15,6 +15,7 @@ import paddle.nn.functional as F
 import pytest
 
 import operations
+import utils
 from engine import custom_ops, trainer
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram, VariableStore
@@ -473,3 +474,25 @@ def test_without_a_working_compiler_paddle_computes(tmp_path, monkeypatch, caplo
     assert not custom_ops.enable() and not custom_ops.enabled()
     assert len(caplog.messages) == 1 and reason in caplog.text
     assert not any(path.is_file() for path in (tmp_path / 'cache').rglob('*'))
+
+
+@pytest.mark.skipif(utils.cores() < 2, reason="one core compiles one source after the other")
+def test_sources_are_compiled_in_parallel(tmp_path, monkeypatch, capfd):
+    """The compiler waits for a second one. Outside a terminal the compilation writes nothing."""
+    events, compiler = tmp_path / 'events', tmp_path / 'compiler'
+    events.touch()
+    compiler.write_text(f"""#!/bin/sh
+        case "$*" in *' -c '*) ;; *) exec g++ "$@";; esac
+        echo start >> {events}
+        tries=0
+        while [ $(grep -c start {events}) -lt 2 ] && [ $tries -lt 50 ]; do sleep 0.1; tries=$((tries + 1)); done
+        echo end >> {events}
+        while [ "$1" != -o ]; do shift; done
+        echo 'int darts_threads;' | exec g++ -x c -c - -o "$2"
+        """)
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CXX', str(compiler))
+    custom_ops.compile_to(str(tmp_path / 'cache' / 'darts_ops.so'))
+    lines = events.read_text().split()
+    assert lines[:2] == ['start'] * 2 and lines.count('end') == len(custom_ops.SOURCES)
+    assert capfd.readouterr() == ('', '')
