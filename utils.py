@@ -203,8 +203,8 @@ def add_common_arguments(parser: Parser, *, batch_size: int, learning_rate: floa
     add('--class_num', type=number(int, 2), default=class_num,
         help='number of classes ' + ("(that of the data set)" if class_num is None else '(%(default)s)'))
     add('--seed', type=number(int, 0, 2**32 - 1), default=0,
-        help='seed of all random numbers; on the CPU, equal seeds and thread counts give equal results, on a GPU with '
-             '--deterministic (%(default)s)')
+        help='seed of all random numbers; on the CPU, equal seeds give equal results, with the compiled operators for '
+             'any number of threads; on a GPU with --deterministic (%(default)s)')
     add('--use_gpu', type=boolean, default=None,
         help='True or False (True if the installed Paddle finds a GPU). On GPUs TF32 is off, because its rounding '
              'changes the second-order term by 16 to 21 %%; NVIDIA_TF32_OVERRIDE=1 in the environment leaves it '

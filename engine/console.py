@@ -64,15 +64,15 @@ class Progress(tqdm):
     """A progress bar over steps, with images per second and the time left.
 
     images: per step. unit: of a step, for the bar. In a terminal it is redrawn every 0.3 seconds, elsewhere a line is
-    written every 30.
+    written every 30. disable: show nothing; ranks other than 0 never do.
     """
 
     FORMAT = '{desc} {bar} {unit} {n_fmt}/{total_fmt}, {images_per_second} images/s, {remaining} left{postfix}'
 
-    def __init__(self, images: int, unit: str = 'step', **kwargs):
+    def __init__(self, images: int, unit: str = 'step', disable: bool = False, **kwargs):
         self.images = images
         super().__init__(mininterval=0.3 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, leave=False,
-                         bar_format=self.FORMAT, unit=unit, disable=not distributed.is_main, **kwargs)
+                         bar_format=self.FORMAT, unit=unit, disable=disable or not distributed.is_main, **kwargs)
 
     @property
     def format_dict(self) -> dict:
@@ -82,10 +82,13 @@ class Progress(tqdm):
 
 
 class Elapsed(Progress):
-    """The time that a task of unknown duration has taken so far; `update(0)` redraws it."""
+    """The time that a task of unknown duration has taken so far; `update(0)` redraws it.
+
+    Outside a terminal it shows nothing, because the caller logs the start of the task.
+    """
 
     FORMAT = '{desc}: {elapsed}'
 
     def __init__(self, description: str):
-        super().__init__(1, desc=description, total=None)
+        super().__init__(1, desc=description, total=None, disable=not sys.stderr.isatty())
         self.miniters = 0

@@ -15,6 +15,7 @@ import paddle.nn.functional as F
 import pytest
 
 import operations
+import utils
 from engine import custom_ops, trainer
 from engine.parameters import FlatParameters
 from engine.programs import StaticProgram, VariableStore
@@ -171,14 +172,57 @@ def test_the_supernet_in_float32_agrees_with_one_and_with_five_threads(tmp_path)
             "print(t.custom_ops.enable(), t.custom_ops.threads()); t.np.savez(sys.argv[1], **t.supernet_gradients())")
     path = str(tmp_path / 'gradients.npz')
     done = subprocess.run([sys.executable, '-c', code, path], capture_output=True, text=True, env=dict(
-        os.environ, OMP_NUM_THREADS='5', OMP_WAIT_POLICY='passive', PYTHONPATH=os.pathsep.join(sys.path)))
+        os.environ, OMP_NUM_THREADS='5', PYTHONPATH=os.pathsep.join(sys.path)))
     assert (done.returncode, done.stdout) == (0, 'True 5\n'), done.stderr
     with custom_ops.disabled():
         exact = supernet_gradients('float64')
-    for gradients in (supernet_gradients(), dict(np.load(path))):
-        assert set(gradients) == set(exact) and gradients['loss'] == pytest.approx(exact['loss'], rel=1e-6)
-        for name, gradient in exact.items():
-            assert np.abs(gradients[name] - gradient).max() < 2e-5 * max(1e-2, np.abs(gradient).max()), name
+    gradients, with_five_threads = supernet_gradients(), np.load(path)
+    assert set(gradients) == set(exact) == set(with_five_threads)
+    assert gradients['loss'] == pytest.approx(exact['loss'], rel=1e-6)
+    for name, gradient in exact.items():
+        assert np.abs(gradients[name] - gradient).max() < 2e-5 * max(1e-2, np.abs(gradient).max()), name
+        assert np.asarray(gradients[name]).tobytes() == with_five_threads[name].tobytes(), name
+
+
+STEPS = """
+import hashlib
+import numpy as np
+import engine
+import genotypes
+from architect import Architect
+from engine import custom_ops
+from engine.optimizers import MomentumSGD
+from model import NetworkCIFAR
+from model_search import Supernet
+
+assert custom_ops.enable()
+rng = np.random.default_rng(0)
+batches = [(rng.normal(size=(9, 3, 32, 32)).astype('float32'), rng.integers(0, 10, (9, 1))) for _ in range(6)]
+supernet = Supernet(4, layers=5, partial_channels={partial_channels})
+optimizer = MomentumSGD(supernet.store, 0.9, 3e-4, 5.0)
+architect = Architect(supernet, optimizer)
+for train, valid in zip(batches[:3], batches[3:]):
+    architect.update(supernet.feed(*train), supernet.feed(*valid), 0.025)
+    supernet.run(supernet.feed(*train))
+    optimizer.step(0.025)
+network = NetworkCIFAR(genotypes.DARTS_V2, 4, 10, 5, auxiliary=0.4, use_drop_path=True)
+training = MomentumSGD(network.store, 0.9, 3e-4, 5.0)
+for batch in batches:
+    network.run(network.feed(*batch), 0.1, 0)
+    training.step(0.025)
+arrays = [supernet.store.get('theta'), supernet.store.get('alphas'), network.store.get('theta')]
+print(custom_ops.threads(), *(hashlib.sha256(array.tobytes()).hexdigest() for array in arrays))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('partial_channels', [1, 2])
+def test_steps_of_search_and_training_do_not_depend_on_the_number_of_threads(partial_channels):
+    code = STEPS.format(partial_channels=partial_channels)
+    lines = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=dict(
+        os.environ, OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(sys.path))).stdout.split()
+        for threads in ('1', '2', '4')]
+    assert [line[0] for line in lines] == ['1', '2', '4'] and lines[0][1:] == lines[1][1:] == lines[2][1:]
 
 
 @pytest.mark.parametrize('reduction', [False, True])
@@ -349,6 +393,45 @@ def test_different_element_types_in_a_discrete_cell_are_errors(refuses, name):
         run_discrete_cell(CELL_INPUTS, dtypes={name: 'float64'})
 
 
+# Preprocessing to C = 4 channels: the first state is twice as large.
+STATES = {'s0': (3, 6, 8, 12), 's1': (3, 5, 4, 6), 'first': (2, 6, 1, 1), 'second': (2, 6, 1, 1),
+          'kernel': (4, 5, 1, 1)}
+
+
+def run_preprocessing(shapes, dtypes=(), epsilon=1e-5):
+    """Runs the preprocessing of a cell with random inputs of these shapes; returns its output."""
+    rng, store = np.random.default_rng(0), VariableStore(paddle.CPUPlace())
+    arrays = {name: rng.normal(size=shape).astype(dict(dtypes).get(name, 'float32')) for name, shape in shapes.items()}
+
+    def build():
+        s0, s1, *kernels = (store.input(name, list(array.shape), str(array.dtype)) for name, array in arrays.items())
+        return [custom_ops.preprocessing(s0, s1, kernels, True, epsilon)]
+    return StaticProgram(store, build)(**arrays)[0]
+
+
+def test_preprocessing_accepts_its_inputs():
+    output = run_preprocessing(STATES)
+    assert output.shape == (3, 8, 4, 6) and np.abs(output.mean(axis=(0, 2, 3))).max() < 1e-6
+    assert np.abs(output.std(axis=(0, 2, 3)) - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize('changes, reason', [
+    (dict(s0=(3, 6, 8, 10)), 'states'), (dict(s0=(2, 6, 8, 12)), 'states'), (dict(s0=(3, 6, 8)), 'states'),
+    (dict(s0=(3, 7, 8, 12)), 'kernel'), (dict(s1=(3, 6, 4, 6)), 'kernel'), (dict(second=(1, 6, 1, 1)), 'kernel'),
+    (dict(kernel=(4, 5, 3, 3)), 'kernel'), (dict(kernel=(3, 5, 1, 1)), 'even'),
+    (dict(more=(4, 5, 1, 1)), 'kernels')])
+def test_wrong_shapes_of_preprocessing_are_errors(refuses, changes, reason):
+    with refuses(reason):
+        run_preprocessing({**STATES, **changes})
+
+
+def test_wrong_epsilons_and_element_types_of_preprocessing_are_errors(refuses):
+    with refuses('epsilon'):
+        run_preprocessing(STATES, epsilon=0.0)
+    with refuses('element types'):
+        run_preprocessing(STATES, dtypes={'second': 'float64'})
+
+
 # ---------------------------------------------------------------------------------------------------
 
 def test_nan_is_propagated():
@@ -391,3 +474,25 @@ def test_without_a_working_compiler_paddle_computes(tmp_path, monkeypatch, caplo
     assert not custom_ops.enable() and not custom_ops.enabled()
     assert len(caplog.messages) == 1 and reason in caplog.text
     assert not any(path.is_file() for path in (tmp_path / 'cache').rglob('*'))
+
+
+@pytest.mark.skipif(utils.cores() < 2, reason="one core compiles one source after the other")
+def test_sources_are_compiled_in_parallel(tmp_path, monkeypatch, capfd):
+    """The compiler waits for a second one. Outside a terminal the compilation writes nothing."""
+    events, compiler = tmp_path / 'events', tmp_path / 'compiler'
+    events.touch()
+    compiler.write_text(f"""#!/bin/sh
+        case "$*" in *' -c '*) ;; *) exec g++ "$@";; esac
+        echo start >> {events}
+        tries=0
+        while [ $(grep -c start {events}) -lt 2 ] && [ $tries -lt 50 ]; do sleep 0.1; tries=$((tries + 1)); done
+        echo end >> {events}
+        while [ "$1" != -o ]; do shift; done
+        echo 'int darts_threads;' | exec g++ -x c -c - -o "$2"
+        """)
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CXX', str(compiler))
+    custom_ops.compile_to(str(tmp_path / 'cache' / 'darts_ops.so'))
+    lines = events.read_text().split()
+    assert lines[:2] == ['start'] * 2 and lines.count('end') == len(custom_ops.SOURCES)
+    assert capfd.readouterr() == ('', '')

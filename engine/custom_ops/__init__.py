@@ -29,7 +29,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc', 'preprocessing.cc')]
 HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
 DIGEST_SIZE = hashlib.sha256().digest_size
-FLAGS = ['-O3', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
+# -g0: Python's own flags contain -g, and information for a debugger takes a third of the time of compilation.
+FLAGS = ['-O3', '-g0', '-fno-trapping-math', '-march=native', '-fopenmp', *os.environ.get('CXXFLAGS', '').split()]
 
 _state = {'enabled': False, 'loaded': False}
 

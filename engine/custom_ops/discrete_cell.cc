@@ -107,15 +107,15 @@ class Pool : public Operation<T> {
   void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(pools_.bordered_size() + g_.size);
-      T *bordered = scratch.take(pools_.bordered_size()), *pooled = scratch.take(g_.size);
+      Scratch<T> scratch(pools_.work_size() + g_.size);
+      T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size);
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
           const T* from = x.data + n * x.image + c * g_.h * g_.w;
           T* to = out.data + n * out.image + c * g_.size;
-          if (max_) pools_.max(from, bordered, pooled);
-          else pools_.mean(from, bordered, pooled);
+          if (max_) pools_.max(from, work, pooled);
+          else pools_.mean(from, work, pooled);
           const T keep = mask[n];
           if (!add) std::fill(to, to + g_.size, T(0));
 #pragma omp simd
@@ -128,9 +128,8 @@ class Pool : public Operation<T> {
   void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T*) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(2 * pools_.bordered_size() + 2 * g_.size + g_.out_w);
-      T *bordered = scratch.take(pools_.bordered_size()), *gradient = scratch.take(pools_.bordered_size());
-      T *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size), *row = scratch.take(g_.out_w);
+      Scratch<T> scratch(pools_.work_size() + 2 * g_.size);
+      T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size);
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
@@ -139,15 +138,13 @@ class Pool : public Operation<T> {
           const T keep = mask[n];
 #pragma omp simd
           for (int64_t p = 0; p < g_.size; ++p) kept[p] = keep * d_plane[p];
-          std::fill(gradient, gradient + pools_.bordered_size(), T(0));
-          if (max_) {
-            pools_.max(from, bordered, pooled);
-            pools_.max_backward(from, pooled, kept, bordered, row, gradient);
-          } else {
-            pools_.mean_backward(kept, row, gradient);
-          }
           if (!add) std::fill(target, target + g_.h * g_.w, T(0));
-          pools_.add_interior(gradient, target);
+          if (max_) {
+            pools_.max(from, work, pooled);
+            pools_.max_backward(from, pooled, kept, work, target);
+          } else {
+            pools_.mean_backward(kept, work, target);
+          }
         }
       });
     }
@@ -208,12 +205,9 @@ class ConvNorm : public Operation<T> {
             convolutions_[stage]->forward(padded, depthwise_.value + stage * c_ * taps(),
                                           pointwise_.value + stage * c_ * c_, inner, result);
           } else {
-            Timed timed(Phase::kPointwise);
-            for (int64_t half = 0; half < halves_; ++half) {
-              gather(x.data + n * x.image, half, inner);
-              multiply<T, L>(pointwise_.value + half * half_channels() * c_in_, c_in_, 1, inner, first_.step,
-                             half_channels(), c_in_, size_, result + half * half_channels() * size_, size_);
-            }
+            for (int64_t half = 0; half < halves_; ++half)
+              grid_.forward(x.data + n * x.image, half, pointwise_.value + half * half_channels() * c_in_,
+                            half_channels(), inner, result + half * half_channels() * size_, size_);
           }
           Timed timed(Phase::kNormalisation);
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
@@ -320,16 +314,11 @@ class ConvNorm : public Operation<T> {
           }
           if (kernel_ == 1) {
             for (int64_t half = 0; half < halves_; ++half) {
-              Timed pointwise(Phase::kPointwise);
-              const T* d_half = gradient + half * half_channels() * first_.step;
+              const T *image = x.data + n * x.image, *d_half = gradient + half * half_channels() * first_.step;
               const int64_t at = half * half_channels() * c_in_;
-              gather(x.data + n * x.image, half, inner);
-              add_outer<T, L>(d_half, first_.step, inner, first_.step, half_channels(), c_in_, size_,
-                              weight_gradients + at);
-              multiply<T, L>(pointwise_.value + at, 1, c_in_, d_half, first_.step, c_in_, half_channels(), size_,
-                             in_gradient, first_.step);
-              Timed pad(Phase::kPad);
-              grid_.backward(x.data + n * x.image, half, in_gradient, add, to.data + n * to.image);
+              grid_.add_weight_gradient(image, half, d_half, half_channels(), inner, weight_gradients + at);
+              grid_.backward(image, half, pointwise_.value + at, d_half, half_channels(), in_gradient, add,
+                             to.data + n * to.image);
             }
           } else {
             prepare(stage, n, x, padded);
@@ -368,12 +357,8 @@ class ConvNorm : public Operation<T> {
   int64_t taps() const { return kernel_ * kernel_; }
   // Numbers of the padded planes, and of the results between depthwise and pointwise convolution.
   int64_t padded_size() const { return kernel_ == 1 ? 0 : c_ * std::max(first_.plane, second_.plane); }
-  int64_t inner_size() const { return c_in_ * first_.step; }
+  int64_t inner_size() const { return kernel_ == 1 ? grid_.grid_size() : c_in_ * first_.step; }
 
-  void gather(const T* x, int64_t half, T* to) const {
-    Timed timed(Phase::kPad);
-    grid_.gather(x, half, to);
-  }
   // Computes the padded planes that the convolution of a stage reads.
   void prepare(int stage, int64_t n, Images<const T> x, T* padded) const {
     Timed timed(Phase::kPad);
@@ -396,7 +381,7 @@ class ConvNorm : public Operation<T> {
   const int64_t halves_;
   const Geometry first_, second_;
   const int64_t size_, plane_;                   // numbers per plane of the result, in scratch and in a tensor
-  const RectifiedGrid<T> grid_;
+  const RectifiedConvolution<T, L> grid_;
   const typename Weights<T>::Weight pointwise_, affine_;
   typename Weights<T>::Weight depthwise_;
   std::vector<std::unique_ptr<SeparableConvolution<T>>> convolutions_;       // of the stages

@@ -372,24 +372,68 @@ void correlate_weights(const Geometry& g, const T* padded, const Taps<K>& taps, 
     correlate_weights<T, L, K, FIRST + TAPS>(g, padded, taps, gradient, weight_gradient);
 }
 
-// Adds to `padded`, a gradient in the layout of the padded input, the gradient of the output times each tap of the
-// kernel, at the positions that the tap reads. For strides > 1.
+// Adds to `padded`, a gradient in the layout of the padded input with stride 2, the products of kernel and gradient of
+// the output, at all places inside of the border. Such a place is read by every second tap of a row and column of the
+// kernel. bordered: memory for the output's gradient, with a border of 0 left and right, which stays 0; all convolutions
+// of a geometry can share it.
 template <typename T, int L, int K>
-void scatter_add(const Geometry& g, const T* gradient, const Taps<K>& taps, const T* weight, T* padded) {
+void correlate_back(const Geometry& g, const T* gradient, int64_t dilation, const T* weight, T* bordered, T* padded) {
+  const int64_t reach = dilation * (K / 2), margin = g.padding / 2 + 1, row = g.out_row + 2 * margin;
   for (int64_t r = 0; r < g.out_h; ++r)
-    for (int k = 0; k < K * K; ++k) {
-      const T w = weight[k];
-      T* to = padded + r * g.stride * g.row + taps.at[k];
-      for (int64_t c = 0; c < g.out_row; c += L)
-        store<T, L>(to + c, load<T, L>(to + c) + w * load<T, L>(gradient + r * g.out_row + c));
+    std::memcpy(bordered + r * row + margin, gradient + r * g.out_row, g.out_w * sizeof(T));
+  for (int64_t i = 0; i < g.h; ++i)
+    for (int64_t parity = 0; parity < 2; ++parity) {           // of the column
+      const T* from[K * K];
+      T factors[K * K];
+      int taps = 0;
+      for (int k = 0; k < K * K; ++k) {
+        const int64_t twice_r = i + reach - k / K * dilation, twice_shift = parity + reach - k % K * dilation;
+        if (twice_r % 2 || twice_shift % 2 || twice_r < 0 || twice_r >= 2 * g.out_h) continue;
+        from[taps] = bordered + twice_r / 2 * row + margin + twice_shift / 2, factors[taps++] = weight[k];
+      }
+      T* to = padded + g.at(i + g.padding, parity + g.padding);
+      for (int64_t c = 0; c < g.out_row; c += L) {
+        auto total = load<T, L>(to + c);
+        for (int k = 0; k < taps; ++k) total += factors[k] * load<T, L>(from[k] + c);
+        store<T, L>(to + c, total);
+      }
     }
 }
 
+// How a product reads its right factor and writes its result.
+struct Plain {
+  template <typename T, int L>
+  static typename Vector<T, L>::type read(const T* p) { return load<T, L>(p); }
+  template <typename T, int L>
+  void write(T* to, typename Vector<T, L>::type v) const { store<T, L>(to, v); }
+};
+// Reads through a ReLU, which keeps a NaN.
+struct Rectified : Plain {
+  template <typename T, int L>
+  static typename Vector<T, L>::type read(const T* p) {
+    const auto v = load<T, L>(p);
+    return v < 0 ? typename Vector<T, L>::type{} : v;
+  }
+};
+// The result is the gradient of relu(x): writes (with add: adds) that of x. x and the result have the same layout.
+template <typename T>
+struct ThroughRelu : Plain {
+  const T *x, *result;
+  bool add;
+  ThroughRelu(const T* x, const T* result, bool add) : x(x), result(result), add(add) {}
+  template <typename, int L>
+  void write(T* to, typename Vector<T, L>::type v) const {
+    const typename Vector<T, L>::type zero{};
+    v = load<T, L>(x + (to - result)) > zero ? v : zero;
+    store<T, L>(to, add ? load<T, L>(to) + v : v);
+  }
+};
+
 // Computes ROWS x COLUMNS vectors of out = a b. a [rows, inner]: a_row and a_column are the distances between its rows
 // and columns; b [inner, size].
-template <typename T, int L, int ROWS, int COLUMNS>
+template <typename T, int L, int ROWS, int COLUMNS, typename Access>
 inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t inner,
-                          T* out, int64_t out_step) {
+                          T* out, int64_t out_step, const Access& access) {
   typename Vector<T, L>::type sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -398,7 +442,7 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
   for (int64_t k = 0; k < inner; ++k) {
     typename Vector<T, L>::type columns[COLUMNS];
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = load<T, L>(b + k * b_step + c * L);
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = Access::template read<T, L>(b + k * b_step + c * L);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const T factor = a[r * a_row + k * a_column];
@@ -409,7 +453,7 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_step + c * L, sums[r][c]);
+    for (int c = 0; c < COLUMNS; ++c) access.template write<T, L>(out + r * out_step + c * L, sums[r][c]);
 }
 
 // Calls f(r, std::integral_constant<int, ROWS>) for tiles of ROWS rows from row r on, which cover all rows.
@@ -426,33 +470,34 @@ inline void for_tiles(int64_t rows, F f) {
   }
 }
 
-template <typename T, int L, int COLUMNS>
+template <typename T, int L, int COLUMNS, typename Access>
 void multiply_columns(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows,
-                      int64_t inner, T* out, int64_t out_step) {
+                      int64_t inner, T* out, int64_t out_step, const Access& access) {
   for_tiles(rows, [&](int64_t r, auto count) {
     multiply_tile<T, L, decltype(count)::value, COLUMNS>(a + r * a_row, a_row, a_column, b, b_step, inner,
-                                                         out + r * out_step, out_step);
+                                                         out + r * out_step, out_step, access);
   });
 }
 
 // Computes out [rows, size] = a [rows, inner] b [inner, size]. size is a multiple of L; *_step: distance between rows.
 // A few columns of b stay in the cache while they are multiplied by all rows of a.
-template <typename T, int L>
+template <typename T, int L, typename Access = Plain>
 void multiply(const T* a, int64_t a_row, int64_t a_column, const T* b, int64_t b_step, int64_t rows, int64_t inner,
-              int64_t size, T* out, int64_t out_step) {
+              int64_t size, T* out, int64_t out_step, const Access& access = Access()) {
   // A row of a plane of 8 x 8 is shorter than the widest vector, but the plane as one row of 64 numbers is not.
   if (L < kMaxLanes<T> && size % kMaxLanes<T> == 0)
-    return multiply<T, kMaxLanes<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step);
+    return multiply<T, kMaxLanes<T>>(a, a_row, a_column, b, b_step, rows, inner, size, out, out_step, access);
   constexpr int COLUMNS = kTileColumns;
   int64_t p = 0;
   for (; p + COLUMNS * L <= size; p += COLUMNS * L)
-    multiply_columns<T, L, COLUMNS>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
-  for (; p < size; p += L) multiply_columns<T, L, 1>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step);
+    multiply_columns<T, L, COLUMNS>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step, access);
+  for (; p < size; p += L)
+    multiply_columns<T, L, 1>(a, a_row, a_column, b + p, b_step, rows, inner, out + p, out_step, access);
 }
 
 // Adds to ROWS x COLUMNS numbers of `out` the products of rows of a and rows of b. Not inlined: in a larger function
 // there are not enough registers for the addresses of the rows.
-template <typename T, int L, int ROWS, int COLUMNS>
+template <typename T, int L, int ROWS, int COLUMNS, typename Access>
 __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t size, T* out,
                                           int64_t out_row) {
   typename Vector<T, L>::type sums[ROWS][COLUMNS];
@@ -463,7 +508,7 @@ __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b
   for (int64_t p = 0; p < size; p += L) {
     typename Vector<T, L>::type columns[COLUMNS];
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = load<T, L>(b + c * b_step + p);
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = Access::template read<T, L>(b + c * b_step + p);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const auto row = load<T, L>(a + r * a_step + p);
@@ -477,23 +522,23 @@ __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b
     for (int c = 0; c < COLUMNS; ++c) out[r * out_row + c] += totals[r * COLUMNS + c];
 }
 
-template <typename T, int L, int ROWS>
+template <typename T, int L, int ROWS, typename Access>
 void outer_rows(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t columns, int64_t size, T* out) {
   constexpr int COLUMNS = kTileColumns;
   int64_t c = 0;
   for (; c + COLUMNS <= columns; c += COLUMNS)
-    outer_tile<T, L, ROWS, COLUMNS>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
-  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
+    outer_tile<T, L, ROWS, COLUMNS, Access>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
+  for (; c < columns; ++c) outer_tile<T, L, ROWS, 1, Access>(a, a_step, b + c * b_step, b_step, size, out + c, columns);
 }
 
 // Computes out [rows, columns] += a [rows, size] b [columns, size]^T. size is a multiple of L.
-template <typename T, int L>
+template <typename T, int L, typename Access = Plain>
 void add_outer(const T* a, int64_t a_step, const T* b, int64_t b_step, int64_t rows, int64_t columns, int64_t size,
                T* out) {
   if (L < kMaxLanes<T> && size % kMaxLanes<T> == 0)
-    return add_outer<T, kMaxLanes<T>>(a, a_step, b, b_step, rows, columns, size, out);
+    return add_outer<T, kMaxLanes<T>, Access>(a, a_step, b, b_step, rows, columns, size, out);
   for_tiles(rows, [&](int64_t r, auto count) {
-    outer_rows<T, L, decltype(count)::value>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns);
+    outer_rows<T, L, decltype(count)::value, Access>(a + r * a_step, a_step, b, b_step, columns, size, out + r * columns);
   });
 }
 
@@ -517,7 +562,8 @@ class SeparableConvolution {
 template <typename T, int L, int K>
 class Separable : public SeparableConvolution<T> {
  public:
-  Separable(const Geometry& g, int64_t dilation, int64_t channels) : g(g), taps(g, dilation), channels(channels) {}
+  Separable(const Geometry& g, int64_t dilation, int64_t channels)
+      : g(g), taps(g, dilation), dilation(dilation), channels(channels) {}
 
   void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
     depthwise(padded, weight, inner);
@@ -547,7 +593,7 @@ class Separable : public SeparableConvolution<T> {
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, d + r * g.out_row, g.out_w * sizeof(T));
         correlate<T, L, K, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
       } else {
-        scatter_add<T, L, K>(g, d, taps, weight + c * K * K, in_gradient + c * g.plane);
+        correlate_back<T, L, K>(g, d, dilation, weight + c * K * K, bordered, in_gradient + c * g.plane);
       }
     }
   }
@@ -561,7 +607,7 @@ class Separable : public SeparableConvolution<T> {
 
   const Geometry g;
   const Taps<K> taps;
-  const int64_t channels;
+  const int64_t dilation, channels;
 };
 
 // kernel: 3, 5 or 7.
@@ -577,9 +623,8 @@ std::unique_ptr<SeparableConvolution<T>> make_separable(int kernel, const Geomet
   PD_THROW("there is no separable convolution of this kernel size: ", kernel);
 }
 
-// Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row]. A plane is first copied into a border that does not
-// change the result: -infinity for the maximum, 0 for the mean, which divides by the number of places inside of the
-// plane.
+// Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row], first along the columns or rows, then along the other.
+// The mean divides by the number of places inside of the plane.
 template <typename T>
 class Pools {
  public:
@@ -589,104 +634,108 @@ class Pools {
         inverse_counts_[i * g.out_row + j] = T(1) / (window_length(i, g.h) * window_length(j, g.w));
   }
 
-  // Numbers of a plane with its border, and of the vectors that read beyond its end.
-  int64_t bordered_size() const { return (g_.h + 2) * row() + 16; }
+  // Numbers of the temporary memory `work` of the calls below.
+  int64_t work_size() const { return 3 * g_.h * g_.out_row + 2 * (g_.w + 2) + g_.out_row; }
 
-  // bordered: memory for the plane with its border.
-  void max(const T* x, T* bordered, T* to) const {
-    g_.stride == 1 ? max_strided<1>(x, bordered, to) : max_strided<2>(x, bordered, to);
+  void max(const T* x, T* work, T* to) const {
+    g_.stride == 1 ? pool<1>(x, work, to, -std::numeric_limits<T>::infinity(), larger)
+                   : pool<2>(x, work, to, -std::numeric_limits<T>::infinity(), larger);
   }
-  void mean(const T* x, T* bordered, T* to) const {
-    g_.stride == 1 ? mean_strided<1>(x, bordered, to) : mean_strided<2>(x, bordered, to);
-  }
-
-  // Both add the gradient of the pool's input to the bordered plane `gradient`; d [out_h, out_row]: gradient of its
-  // output. The first of several equal maxima gets the gradient, as in Paddle. maxima: the output; unclaimed: memory
-  // for a row of factors, 1 until a maximum has been found.
-  void max_backward(const T* x, const T* maxima, const T* d, T* bordered, T* unclaimed, T* gradient) const {
-    g_.stride == 1 ? max_backward_strided<1>(x, maxima, d, bordered, unclaimed, gradient)
-                   : max_backward_strided<2>(x, maxima, d, bordered, unclaimed, gradient);
-  }
-  // share: memory for a row.
-  void mean_backward(const T* d, T* share, T* gradient) const {
-    g_.stride == 1 ? mean_backward_strided<1>(d, share, gradient) : mean_backward_strided<2>(d, share, gradient);
-  }
-  // Adds the inside of a bordered plane to `to` [h, w].
-  void add_interior(const T* bordered, T* to) const {
-    for (int64_t i = 0; i < g_.h; ++i)
+  void mean(const T* x, T* work, T* to) const {
+    const auto add = [](T a, T b) { return a + b; };
+    g_.stride == 1 ? pool<1>(x, work, to, T(0), add) : pool<2>(x, work, to, T(0), add);
 #pragma omp simd
-      for (int64_t j = 0; j < g_.w; ++j) to[i * g_.w + j] += bordered[(i + 1) * row() + j + 1];
+    for (int64_t p = 0; p < g_.size; ++p) to[p] *= inverse_counts_[p];
+  }
+
+  // Both add the gradient of the pool's input to `gradient` [h, w]; d [out_h, out_row]: gradient of its output. The
+  // first of several equal maxima gets the gradient, as in Paddle. maxima: the output.
+  void max_backward(const T* x, const T* maxima, const T* d, T* work, T* gradient) const {
+    g_.stride == 1 ? max_backward_strided<1>(x, maxima, d, work, gradient)
+                   : max_backward_strided<2>(x, maxima, d, work, gradient);
+  }
+  void mean_backward(const T* d, T* work, T* gradient) const {
+    g_.stride == 1 ? mean_backward_strided<1>(d, work, gradient) : mean_backward_strided<2>(d, work, gradient);
   }
 
  private:
   // Returns how many of the 3 places of a window around place i * stride are inside of the plane.
-  int64_t window_length(int64_t i, int64_t size) const {
-    return std::min(i * g_.stride + 1, size - 1) - std::max<int64_t>(i * g_.stride - 1, 0) + 1;
-  }
-  int64_t row() const { return g_.w + 2; }
-  void copy_with_border(const T* x, T value, T* to) const {
-    std::fill(to, to + row() * (g_.h + 2), value);
-    for (int64_t i = 0; i < g_.h; ++i) std::memcpy(to + (i + 1) * row() + 1, x + i * g_.w, g_.w * sizeof(T));
-  }
-  template <int S>
-  void max_strided(const T* x, T* bordered, T* to) const {
-    copy_with_border(x, -std::numeric_limits<T>::infinity(), bordered);
+  int64_t window_length(int64_t i, int64_t size) const { return last_of(i, size) - first_of(i) + 1; }
+  int64_t first_of(int64_t i) const { return std::max<int64_t>(i * g_.stride - 1, 0); }
+  int64_t last_of(int64_t i, int64_t size) const { return std::min(i * g_.stride + 1, size - 1); }
+  static T larger(T a, T b) { return b > a || b != b ? b : a; }               // keeps a NaN
+
+  template <int S, typename F>
+  void pool(const T* x, T* line, T* to, T border, F f) const {
+    line[0] = line[g_.w + 1] = border;
     for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row) {
-      std::fill(to, to + g_.out_row, -std::numeric_limits<T>::infinity());
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+      std::memcpy(line + 1, x + first_of(i) * g_.w, g_.w * sizeof(T));
+      for (int64_t r = first_of(i) + 1; r <= last_of(i, g_.h); ++r)
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) {
-          const T value = from[j * S];
-          to[j] = value > to[j] || value != value ? value : to[j];            // keeps a NaN
-        }
-      }
+        for (int64_t j = 0; j < g_.w; ++j) line[j + 1] = f(line[j + 1], x[r * g_.w + j]);
+#pragma omp simd
+      for (int64_t j = 0; j < g_.out_w; ++j) to[j] = f(f(line[j * S], line[j * S + 1]), line[j * S + 2]);
       std::fill(to + g_.out_w, to + g_.out_row, T(0));
     }
   }
+  // Row by row: which of 3 neighbours is the first maximum. Then each output gives its gradient to the first of 3 rows
+  // whose maximum is that of the window, and the rows distribute what they got.
   template <int S>
-  void mean_strided(const T* x, T* bordered, T* to) const {
-    copy_with_border(x, T(0), bordered);
-    const T* inverse = inverse_counts_.data();
-    for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row, inverse += g_.out_row) {
-      std::fill(to, to + g_.out_row, T(0));
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
+  void max_backward_strided(const T* x, const T* maxima, const T* d, T* work, T* gradient) const {
+    const int64_t row = g_.out_row;
+    T *row_maxima = work, *columns = row_maxima + g_.h * row, *received = columns + g_.h * row;
+    T *line = received + g_.h * row, *distributed = line + g_.w + 2, *unclaimed = distributed + g_.w + 2;
+    line[0] = line[g_.w + 1] = -std::numeric_limits<T>::infinity();
+    for (int64_t r = 0; r < g_.h; ++r) {
+      std::memcpy(line + 1, x + r * g_.w, g_.w * sizeof(T));
+      T *largest = row_maxima + r * row, *column = columns + r * row;
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) to[j] += from[j * S];
+      for (int64_t j = 0; j < g_.out_w; ++j) {
+        const T a = line[j * S], b = line[j * S + 1], c = line[j * S + 2], ab = larger(a, b);
+        largest[j] = larger(ab, c);
+        column[j] = c > ab ? T(2) : b > a ? T(1) : T(0);
       }
-#pragma omp simd
-      for (int64_t j = 0; j < g_.out_w; ++j) to[j] *= inverse[j];
+      std::fill_n(received + r * row, g_.out_w, T(0));
     }
-  }
-  template <int S>
-  void max_backward_strided(const T* x, const T* maxima, const T* d, T* bordered, T* unclaimed, T* gradient) const {
-    copy_with_border(x, -std::numeric_limits<T>::infinity(), bordered);
-    for (int64_t i = 0; i < g_.out_h; ++i, maxima += g_.out_row, d += g_.out_row) {
-      std::fill(unclaimed, unclaimed + g_.out_w, T(1));
-      for (int k = 0; k < 9; ++k) {
-        const T* from = bordered + (i * S + k / 3) * row() + k % 3;
-        T* at = gradient + (i * S + k / 3) * row() + k % 3;
+    for (int64_t i = 0; i < g_.out_h; ++i, maxima += row, d += row) {
+      std::fill_n(unclaimed, g_.out_w, T(1));
+      for (int64_t r = first_of(i); r <= last_of(i, g_.h); ++r) {
+        const T* largest = row_maxima + r * row;
+        T* to = received + r * row;
 #pragma omp simd
         for (int64_t j = 0; j < g_.out_w; ++j) {
-          const T claimed = from[j * S] == maxima[j] ? unclaimed[j] : T(0);
-          at[j * S] += claimed * d[j];
+          const T claimed = largest[j] == maxima[j] ? unclaimed[j] : T(0);
+          to[j] += claimed * d[j];
           unclaimed[j] -= claimed;
         }
       }
     }
+    for (int64_t r = 0; r < g_.h; ++r) {
+      const T *column = columns + r * row, *from = received + r * row;
+      std::fill_n(distributed, g_.w + 2, T(0));
+      for (int k = 0; k < 3; ++k)
+#pragma omp simd
+        for (int64_t j = 0; j < g_.out_w; ++j) distributed[j * S + k] += column[j] == k ? from[j] : T(0);
+#pragma omp simd
+      for (int64_t j = 0; j < g_.w; ++j) gradient[r * g_.w + j] += distributed[j + 1];
+    }
   }
   template <int S>
-  void mean_backward_strided(const T* d, T* share, T* gradient) const {
-    const T* inverse = inverse_counts_.data();
-    for (int64_t i = 0; i < g_.out_h; ++i, d += g_.out_row, inverse += g_.out_row) {
+  void mean_backward_strided(const T* d, T* work, T* gradient) const {
+    T *received = work, *distributed = received + g_.out_row;
+    for (int64_t r = 0; r < g_.h; ++r) {
+      std::fill_n(received, g_.out_w, T(0));
+      // The outputs whose windows contain row r.
+      for (int64_t i = std::max<int64_t>(0, r + S - 2) / S; i <= std::min((r + 1) / S, g_.out_h - 1); ++i)
 #pragma omp simd
-      for (int64_t j = 0; j < g_.out_w; ++j) share[j] = d[j] * inverse[j];
-      for (int k = 0; k < 9; ++k) {
-        T* at = gradient + (i * S + k / 3) * row() + k % 3;
+        for (int64_t j = 0; j < g_.out_w; ++j)
+          received[j] += d[i * g_.out_row + j] * inverse_counts_[i * g_.out_row + j];
+      std::fill_n(distributed, g_.w + 2, T(0));
+      for (int k = 0; k < 3; ++k)
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) at[j * S] += share[j];
-      }
+        for (int64_t j = 0; j < g_.out_w; ++j) distributed[j * S + k] += received[j];
+#pragma omp simd
+      for (int64_t j = 0; j < g_.w; ++j) gradient[r * g_.w + j] += distributed[j + 1];
     }
   }
 
@@ -799,24 +848,62 @@ void relu_backward(const Geometry& g, const T* x, const T* gradient, bool add, T
   }
 }
 
-// The input of a 1x1 convolution after a ReLU: with stride 1 all places of a plane [h, w], with stride 2 one of the two
-// grids of FactorizedReduce, which take every second place; grid 1 starts one pixel further down and right. Planes of a
-// grid have the layout of output planes and distances of g.step.
-template <typename T>
-class RectifiedGrid {
+// A 1x1 convolution after a ReLU, on all places of a plane [h, w] (stride 1) or on one of the two grids of
+// FactorizedReduce (stride 2), which take every second place; grid 1 starts one pixel further down and right. Where the
+// places are no contiguous vectors, they are copied to planes in the layout of output planes first.
+template <typename T, int L>
+class RectifiedConvolution {
  public:
-  RectifiedGrid(const Geometry& g, int64_t channels) : g_(g), channels_(channels) {}
+  RectifiedConvolution(const Geometry& g, int64_t channels)
+      : g_(g), channels_(channels), direct_(g.stride == 1 && g.out_row == g.out_w) {}
 
-  // Copies the rectified places of `channels` planes x to the planes `to`.
-  void gather(const T* x, int64_t grid, T* to) const {
-    g_.stride == 1 ? gather_strided<1>(x, grid, to) : gather_strided<2>(x, grid, to);
+  // Numbers of the temporary memory `grid` of the calls below.
+  int64_t grid_size() const { return direct_ ? 0 : channels_ * g_.step; }
+
+  // Computes `rows` output planes at distances of `step`; weight [rows, channels]; x: `channels` planes [h, w].
+  void forward(const T* x, int64_t number, const T* weight, int64_t rows, T* grid, T* out, int64_t step) const {
+    if (direct_) {
+      Timed timed(Phase::kPointwise);
+      return multiply<T, L>(weight, channels_, 1, x, g_.size, rows, channels_, g_.size, out, step, Rectified());
+    }
+    gather(x, number, grid);
+    Timed timed(Phase::kPointwise);
+    multiply<T, L>(weight, channels_, 1, grid, g_.step, rows, channels_, g_.size, out, step);
   }
-  // Computes to = (with add: +=) the gradient of x from the gradient of the grid. Without add the other places of a
-  // plane are set to 0 by grid 0 and kept by grid 1.
-  void backward(const T* x, int64_t grid, const T* gradient, bool add, T* to) const {
-    const int64_t plane = g_.h * g_.w, first = grid * (g_.w + 1);
+  // Adds the gradient of the weights. d: gradient of the output, planes at distances of g.step.
+  void add_weight_gradient(const T* x, int64_t number, const T* d, int64_t rows, T* grid, T* weight_gradient) const {
+    if (direct_) {
+      Timed timed(Phase::kPointwise);
+      return add_outer<T, L, Rectified>(d, g_.step, x, g_.size, rows, channels_, g_.size, weight_gradient);
+    }
+    gather(x, number, grid);
+    Timed timed(Phase::kPointwise);
+    add_outer<T, L>(d, g_.step, grid, g_.step, rows, channels_, g_.size, weight_gradient);
+  }
+  // Computes to = (with add: +=) the gradient of x. Without add the other places of a plane are set to 0 by grid 0 and
+  // kept by grid 1.
+  void backward(const T* x, int64_t number, const T* weight, const T* d, int64_t rows, T* grid, bool add, T* to) const {
+    {
+      Timed timed(Phase::kPointwise);
+      if (direct_)
+        return multiply<T, L>(weight, 1, channels_, d, g_.step, channels_, rows, g_.size, to, g_.size,
+                              ThroughRelu<T>(x, to, add));
+      multiply<T, L>(weight, 1, channels_, d, g_.step, channels_, rows, g_.size, grid, g_.step);
+    }
+    scatter(x, number, grid, add, to);
+  }
+
+  // Copies the rectified places of the planes x to the planes `grid`.
+  void gather(const T* x, int64_t number, T* grid) const {
+    Timed timed(Phase::kPad);
+    g_.stride == 1 ? gather_strided<1>(x, number, grid) : gather_strided<2>(x, number, grid);
+  }
+  // Computes to = (with add: +=) the gradient of x from that of a grid, as `backward`.
+  void scatter(const T* x, int64_t number, const T* gradient, bool add, T* to) const {
+    Timed timed(Phase::kPad);
+    const int64_t plane = g_.h * g_.w, first = number * (g_.w + 1);
     for (int64_t c = 0; c < channels_; ++c, x += plane, to += plane, gradient += g_.step) {
-      if (g_.stride == 2 && !add && grid == 0) std::fill(to, to + plane, T(0));
+      if (g_.stride == 2 && !add && number == 0) std::fill(to, to + plane, T(0));
       for (int64_t i = 0; i < rows(); ++i) {
         const T *in = x + first + i * g_.stride * g_.w, *d = gradient + i * g_.out_row;
         T* out = to + first + i * g_.stride * g_.w;
@@ -834,9 +921,9 @@ class RectifiedGrid {
 
  private:
   template <int S>
-  void gather_strided(const T* x, int64_t grid, T* to) const {
+  void gather_strided(const T* x, int64_t number, T* to) const {
     for (int64_t c = 0; c < channels_; ++c, x += g_.h * g_.w, to += g_.step) {
-      const T* from = x + grid * (g_.w + 1);
+      const T* from = x + number * (g_.w + 1);
       for (int64_t i = 0; i < rows(); ++i)
 #pragma omp simd
         for (int64_t j = 0; j < columns(); ++j) {
@@ -851,6 +938,7 @@ class RectifiedGrid {
 
   const Geometry g_;
   const int64_t channels_;
+  const bool direct_;
 };
 
 // Calls f(k) for k < count, in a parallel region. A thread takes the next `chunk` numbers when it is idle, so that one

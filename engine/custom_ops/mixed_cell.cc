@@ -126,7 +126,7 @@ class MixedCell {
 
   // Memory of a thread. The upper bound of its size: 11 blocks of C planes and 8 of one plane.
   struct Workspace {
-    explicit Workspace(const MixedCell& cell) : scratch(11 * (cell.c_ + 1) * cell.largest_plane()) {
+    explicit Workspace(const MixedCell& cell) : scratch(11 * (cell.c_ + 1) * cell.largest_plane() + cell.pool_work_size()) {
       const Geometry* geometries[] = {&cell.inputs_, &cell.nodes_, &cell.second_};
       for (int k = 0; k < 3; ++k) {
         padded[k] = scratch.zeros(cell.c_ * geometries[k]->plane);
@@ -140,14 +140,14 @@ class MixedCell {
         grids_gradient[half] = scratch.take(cell.grid_size());
       }
       in_gradient = scratch.take(cell.c_ * std::max(cell.in_step(0), cell.in_step(1)));
-      for (T** block : {&pool_bordered, &pool_gradient, &total, &row, &direct})
-        *block = scratch.take(cell.largest_plane());
+      pool = scratch.take(cell.pool_work_size());
+      for (T** block : {&total, &direct}) *block = scratch.take(cell.largest_plane());
     }
     Scratch<T> scratch;
     // Rectified planes and a plane of their gradient: of inputs, of nodes, between the halves of a sep_conv.
     T *padded[3], *bordered[3];
     T *inner, *inner_gradient, *conv_gradient, *grids[2], *grids_gradient[2], *in_gradient;
-    T *pool_bordered, *pool_gradient, *total, *row, *direct;           // one plane each
+    T *pool, *total, *direct;                                          // of the pools; one plane each
     T* weights = nullptr;                                              // gradients of all weights, or null
   };
 
@@ -185,8 +185,8 @@ class MixedCell {
     for (size_t k = 0; k < space_.pools.size(); ++k) {
       const int64_t plane = space_.pool_plane(space_.groups[g], s, k);
       for (int64_t c = 0; c < c_; ++c) {
-        if (space_.pools[k].max) pools_of(g).max(state + c * state_size, work.pool_bordered, result(n, plane, c));
-        else pools_of(g).mean(state + c * state_size, work.pool_bordered, result(n, plane, c));
+        if (space_.pools[k].max) pools_of(g).max(state + c * state_size, work.pool, result(n, plane, c));
+        else pools_of(g).mean(state + c * state_size, work.pool, result(n, plane, c));
       }
       compute_all_moments(n, plane);
     }
@@ -495,7 +495,6 @@ class MixedCell {
   void differentiate_unweighted(int g, int64_t n, int s, int64_t c, T* direct, Workspace& work) {
     const Group& group = space_.groups[g];
     const T* plane = state_planes(n, s) + c * geometry_of(g).h * geometry_of(g).w;
-    if (!space_.pools.empty()) std::fill_n(work.pool_gradient, pools_of(g).bordered_size(), T(0));
     Timed timed(Phase::kPools);
     for (size_t k = 0; k < space_.pools.size(); ++k) {
       const int64_t pool = space_.pool_plane(group, s, k);
@@ -508,11 +507,10 @@ class MixedCell {
       batch_norm_backward(nodes_, d, result(n, pool, c), rstd_of(pool, c), d_mean_[pool * c_ + c], mean_of(pool, c),
                           slope_[pool * c_ + c], d);
       if (space_.pools[k].max)
-        pools_of(g).max_backward(plane, result(n, pool, c), d, work.pool_bordered, work.row, work.pool_gradient);
+        pools_of(g).max_backward(plane, result(n, pool, c), d, work.pool, direct);
       else
-        pools_of(g).mean_backward(d, work.row, work.pool_gradient);
+        pools_of(g).mean_backward(d, work.pool, direct);
     }
-    if (!space_.pools.empty()) pools_of(g).add_interior(work.pool_gradient, direct);
     if (space_.skip < 0 || geometry_of(g).stride > 1) return;
     add_node_gradients(group, n, s, c, space_.skip, [&](T weight, const T* from) { add_rows(weight, from, direct); });
   }
@@ -547,7 +545,7 @@ class MixedCell {
           for (int64_t p = c * nodes_.step; p < c * nodes_.step + size_; ++p) sum[p] += work.inner_gradient[p];
       }
     }
-    for (int half = 0; half < 2; ++half) grid_.backward(state, half, work.grids_gradient[half], true, to);
+    for (int half = 0; half < 2; ++half) grid_.scatter(state, half, work.grids_gradient[half], true, to);
   }
 
   // Returns the weights of an edge in block `index` of a group.
@@ -567,9 +565,9 @@ class MixedCell {
   const Geometry& geometry_of(int g) const { return g == 0 ? inputs_ : nodes_; }
   const Pools<T>& pools_of(int g) const { return g == 0 ? input_pools_ : node_pools_; }
   int64_t largest_plane() const {
-    return std::max({inputs_.plane, nodes_.plane, second_.plane, inputs_.h * inputs_.w, input_pools_.bordered_size(),
-                     node_pools_.bordered_size()});
+    return std::max({inputs_.plane, nodes_.plane, second_.plane, inputs_.h * inputs_.w});
   }
+  int64_t pool_work_size() const { return std::max(input_pools_.work_size(), node_pools_.work_size()); }
   // The distance between the planes of a state's gradient before its ReLU.
   int64_t in_step(int g) const { return geometry_of(g).stride == 1 ? geometry_of(g).step : geometry_of(g).plane; }
   // Indices of the first of C numbers: of the end k of an edge; of the first half of a convolution of an edge.
@@ -645,7 +643,7 @@ class MixedCell {
   const Geometry inputs_, nodes_, second_;       // of states 0 and 1; of the nodes; between the halves of a sep_conv
   const int64_t size_, count_;                   // numbers per saved plane; numbers per normalised channel
   const Pools<T> input_pools_, node_pools_;
-  const RectifiedGrid<T> grid_;
+  const RectifiedConvolution<T, L> grid_;
   std::vector<std::unique_ptr<SeparableConvolution<T>>> convolutions_[3];    // for the three geometries
   std::vector<Block> blocks_;                    // group by group, in the order of README.md
   std::vector<int> first_block_;                 // of each group

@@ -6,7 +6,7 @@ namespace {
 
 // One input of the cell: planes [h, w] of `channels` -> C planes, by one convolution, or with stride 2 by two, of half
 // of the C channels each.
-template <typename T>
+template <typename T, int L>
 struct Input {
   struct Kernel {
     const T* value;
@@ -17,7 +17,7 @@ struct Input {
   T* gradient;                                   // null in the forward pass
   int64_t channels, rows;                        // rows: C divided by the number of kernels
   Geometry geometry;
-  RectifiedGrid<T> grid;
+  RectifiedConvolution<T, L> convolution;
   std::vector<Kernel> kernels;
 };
 
@@ -33,7 +33,7 @@ class Preprocessing {
       const int64_t stride = shape[2] / h_;
       const Geometry geometry = Geometry::of<T>(shape[2], shape[3], stride, 0, L);
       inputs_.push_back({inputs[i].data<T>(), gradients ? (*gradients)[i].template data<T>() : nullptr, shape[1],
-                         c_ / stride, geometry, RectifiedGrid<T>(geometry, shape[1]), {}});
+                         c_ / stride, geometry, RectifiedConvolution<T, L>(geometry, shape[1]), {}});
       for (int64_t k = 0; k < stride; ++k, ++next) {
         inputs_[i].kernels.push_back({inputs[next].data<T>(),
                                       gradients ? (*gradients)[next].template data<T>() : nullptr, weights_size_});
@@ -51,13 +51,10 @@ class Preprocessing {
       Scratch<T> scratch(grid_size() + c_ * step_);
       T *grid = scratch.zeros(grid_size()), *y = scratch.take(c_ * step_);
       share(2 * n_, 1, [&](int64_t k) {
-        const Input<T>& input = inputs_[k % 2];
-        for (size_t i = 0; i < input.kernels.size(); ++i) {
-          gather(input, k / 2, i, grid);
-          Timed timed(Phase::kPointwise);
-          multiply<T, L>(input.kernels[i].value, input.channels, 1, grid, step_, input.rows, input.channels,
-                         input.geometry.size, y + i * input.rows * step_, step_);
-        }
+        const Input<T, L>& input = inputs_[k % 2];
+        for (size_t i = 0; i < input.kernels.size(); ++i)
+          input.convolution.forward(image_of(input, k / 2), i, input.kernels[i].value, input.rows, grid,
+                                    y + i * input.rows * step_, step_);
         Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < c_; ++c) {
           compute_moments(input.geometry, y + c * step_, moments.data() + (k * c_ + c) * 2);
@@ -88,8 +85,8 @@ class Preprocessing {
     PartialSums<T> partial(n_, weight_gradients ? weights_size_ : 0);
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(2 * grid_size() + c_ * step_);
-      T *grid = scratch.zeros(grid_size()), *grid_gradient = scratch.take(grid_size());
+      Scratch<T> scratch(grid_size() + c_ * step_);
+      T* grid = scratch.zeros(grid_size());
       T* gradient = scratch.zeros(c_ * step_);
       partial.clear();
       const Geometry plane = Geometry::of<T>(1, plane_, 1, 0, 1);
@@ -105,7 +102,7 @@ class Preprocessing {
       });
       partial.for_images([&](int64_t n, T* weight_sums) {
         for (int i = 0; i < 2; ++i) {
-          const Input<T>& input = inputs_[i];
+          const Input<T, L>& input = inputs_[i];
           Timed normalisation(Phase::kNormalisation);
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t channel = i * c_ + c, at = (n * 2 * c_ + channel) * plane_;
@@ -115,35 +112,25 @@ class Preprocessing {
           for (size_t k = 0; k < input.kernels.size(); ++k) {
             const T* d_kernel = gradient + k * input.rows * step_;
             const auto& kernel = input.kernels[k];
-            Timed pointwise(Phase::kPointwise);
-            if (weight_gradients) {
-              gather(input, n, k, grid);
-              add_outer<T, L>(d_kernel, step_, grid, step_, input.rows, input.channels, input.geometry.size,
-                              weight_sums + kernel.at);
-            }
-            multiply<T, L>(kernel.value, 1, input.channels, d_kernel, step_, input.channels, input.rows,
-                           input.geometry.size, grid_gradient, step_);
-            Timed pad(Phase::kPad);
-            input.grid.backward(image_of(input, n), k, grid_gradient, false,
-                                input.gradient + n * image_size(input));
+            if (weight_gradients)
+              input.convolution.add_weight_gradient(image_of(input, n), k, d_kernel, input.rows, grid,
+                                                    weight_sums + kernel.at);
+            input.convolution.backward(image_of(input, n), k, kernel.value, d_kernel, input.rows, grid, false,
+                                       input.gradient + n * image_size(input));
           }
         }
       });
-      for (const Input<T>& input : inputs_)
+      for (const Input<T, L>& input : inputs_)
         for (const auto& kernel : input.kernels)
           if (weight_gradients) partial.add_to(kernel.gradient, kernel.at, input.rows * input.channels);
     }
   }
 
  private:
-  int64_t grid_size() const { return std::max(inputs_[0].channels, inputs_[1].channels) * step_; }
-  static int64_t image_size(const Input<T>& input) { return input.channels * input.geometry.h * input.geometry.w; }
-  static const T* image_of(const Input<T>& input, int64_t n) { return input.data + n * image_size(input); }
+  int64_t grid_size() const { return std::max(inputs_[0].convolution.grid_size(), inputs_[1].convolution.grid_size()); }
+  static int64_t image_size(const Input<T, L>& input) { return input.channels * input.geometry.h * input.geometry.w; }
+  static const T* image_of(const Input<T, L>& input, int64_t n) { return input.data + n * image_size(input); }
 
-  static void gather(const Input<T>& input, int64_t n, int64_t k, T* grid) {
-    Timed timed(Phase::kPad);
-    input.grid.gather(image_of(input, n), k, grid);
-  }
   // Computes the gradient of the input of a normalisation from that of its output x: planes [h, w] -> a plane with
   // rounded-up rows, whose additional columns are kept.
   static void differentiate_norm(const Geometry& g, const T* d, const T* x, T rstd, T d_mean, T slope, T* to) {
@@ -156,7 +143,7 @@ class Preprocessing {
   }
 
   const int64_t n_, c_, h_, w_, step_, plane_;   // step_, plane_: distance between planes in scratch, in a tensor
-  std::vector<Input<T>> inputs_;
+  std::vector<Input<T, L>> inputs_;
   int64_t weights_size_ = 0;
 };
 
