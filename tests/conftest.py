@@ -89,6 +89,17 @@ def compiled(use_gpu):
     return available
 
 
+@pytest.fixture(scope='module')
+def compiled_operators(compiled):
+    """Runs all tests of a module with the compiled operators."""
+    if not compiled:
+        pytest.skip('the compiled operators are not available')
+    from engine import custom_ops
+    custom_ops.enable()
+    yield
+    custom_ops.enable(False)
+
+
 @pytest.fixture(scope='module', params=[False, True], ids=['paddle_ops', 'custom_ops'])
 def operators(request, compiled):
     """Runs all tests of a module twice: with Paddle's operators and with the compiled ones."""
