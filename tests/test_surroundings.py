@@ -239,7 +239,7 @@ def test_the_operators_are_compiled_into_a_folder_with_a_difficult_name(monkeypa
                for _ in range(2)]
     for done in outputs:
         assert done.stdout.splitlines()[-1] == f'True {project}/engine/custom_ops', done.stdout + done.stderr
-    assert 'compiling the operators' in outputs[0].stderr and 'compiling' not in outputs[1].stderr
+    assert 'compiling the operators' in outputs[0].stdout and 'compiling' not in outputs[1].stdout
 
 
 def test_an_error_is_one_line_whatever_the_name_of_the_file(tmp_path):
