@@ -267,14 +267,21 @@ struct Geometry {
   int64_t columns() const { return out_row == out_w ? size : out_w; }
 };
 
-// The offsets of the K x K taps of a dilated kernel in a padded plane, relative to the output's row and column.
+// Where a dilated K x K kernel reads a padded plane. The output rows form `chains`: chain p has the rows p, p + chains,
+// p + 2 chains ... Row q of a chain and tap row i read the chain's input row q * ratio + i, so that neighbouring rows of a
+// chain share input rows.
 template <int K>
 struct Taps {
-  int64_t at[K * K];
+  int64_t columns[K];            // offsets of tap row 0, relative to the place of the output's row and column
+  int64_t row, output_row;       // distances between input rows: of a chain, and of neighbouring output rows
+  int64_t chains, ratio;
   Taps(const Geometry& g, int64_t dilation) {
     const int64_t first = g.padding - dilation * (K / 2);
-    for (int i = 0; i < K; ++i)
-      for (int j = 0; j < K; ++j) at[i * K + j] = g.at(first + i * dilation, first + j * dilation);
+    for (int j = 0; j < K; ++j) columns[j] = g.at(first, first + j * dilation);
+    chains = dilation % g.stride == 0 ? dilation / g.stride : dilation;
+    ratio = g.stride * chains / dilation;
+    row = dilation * g.row;
+    output_row = g.stride * g.row;
   }
 };
 
@@ -307,22 +314,30 @@ void pad(const Geometry& g, const T* x, T* padded) {
   }
 }
 
-// Computes ROWS x COLUMNS vectors of the correlation of a padded plane with a kernel; ADD: adds them to `out`.
-template <typename T, int L, int K, int ROWS, int COLUMNS, bool ADD>
-inline void correlate_tile(const T* in, int64_t in_row, const Taps<K>& taps, const T* weight, T* out, int64_t out_row) {
-  typename Vector<T, L>::type sums[ROWS][COLUMNS];
+// Computes ROWS x COLUMNS vectors of the correlation of a padded plane with a kernel, of consecutive rows of a chain;
+// ADD: adds them to `out`. Each vector of the input is loaded once per column of the kernel and serves up to K rows.
+template <typename T, int L, int K, int RATIO, bool ADD, int ROWS, int COLUMNS>
+inline void correlate_tile(const T* in, const Taps<K>& taps, const T* weight, T* out, int64_t out_row) {
+  typedef typename Vector<T, L>::type V;
+  V sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c)
-      sums[r][c] = ADD ? load<T, L>(out + r * out_row + c * L) : typename Vector<T, L>::type{};
-  for (int k = 0; k < K * K; ++k) {
-    const T w = weight[k];
-    const T* from = in + taps.at[k];
+    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = ADD ? load<T, L>(out + r * out_row + c * L) : V{};
+  for (int j = 0; j < K; ++j) {
+    const T* from = in + taps.columns[j];
+    V weights[K];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
+    for (int i = 0; i < K; ++i) weights[i] = V{} + weight[i * K + j];
+#pragma GCC unroll 32
+    for (int i = 0; i < RATIO * (ROWS - 1) + K; ++i, from += taps.row)
 #pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; ++c) sums[r][c] += w * load<T, L>(from + r * in_row + c * L);
+      for (int c = 0; c < COLUMNS; ++c) {
+        const V numbers = load<T, L>(from + c * L);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+          if (i >= RATIO * r && i < RATIO * r + K) sums[r][c] += weights[i - RATIO * r] * numbers;
+      }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -330,46 +345,84 @@ inline void correlate_tile(const T* in, int64_t in_row, const Taps<K>& taps, con
     for (int c = 0; c < COLUMNS; ++c) store<T, L>(out + r * out_row + c * L, sums[r][c]);
 }
 
-// Computes out [out_h, out_row] = (with ADD: +=) the correlation of a padded plane with a kernel, with stride g.stride.
-template <typename T, int L, int K, bool ADD>
-void correlate(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, T* out) {
-  const int64_t in_row = g.stride * g.row, row = g.out_row;
-  int64_t r = 0;
-  if (row % (2 * L) == 0) {
-    for (; r + 4 <= g.out_h; r += 4)
-      for (int64_t c = 0; c < row; c += 2 * L)
-        correlate_tile<T, L, K, 4, 2, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
-  } else {
-    for (; r + 8 <= g.out_h; r += 8)
-      for (int64_t c = 0; c < row; c += L)
-        correlate_tile<T, L, K, 8, 1, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
+// Computes tiles of ROWS rows from row q of a chain on, while there are as many; returns the next row.
+template <typename T, int L, int K, int RATIO, bool ADD, int ROWS>
+inline int64_t correlate_rows(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, int64_t q,
+                              int64_t count, T* out) {
+  constexpr int COLUMNS = ROWS > 2 ? kRegisters / 16 : 1;
+  const int64_t out_row = taps.chains * g.out_row, in_row = taps.chains * taps.output_row;
+  for (; q + ROWS <= count; q += ROWS) {
+    int64_t c = 0;
+    for (; c + COLUMNS * L <= g.out_row; c += COLUMNS * L)
+      correlate_tile<T, L, K, RATIO, ADD, ROWS, COLUMNS>(in + q * in_row + c, taps, weight, out + q * out_row + c, out_row);
+    for (; c < g.out_row; c += L)
+      correlate_tile<T, L, K, RATIO, ADD, ROWS, 1>(in + q * in_row + c, taps, weight, out + q * out_row + c, out_row);
   }
-  for (; r < g.out_h; ++r)
-    for (int64_t c = 0; c < row; c += L)
-      correlate_tile<T, L, K, 1, 1, ADD>(in + r * in_row + c, in_row, taps, weight, out + r * row + c, row);
+  return q;
 }
 
-// Adds to weight_gradient [K, K] the correlation of a padded plane with the gradient of the output, from tap FIRST on.
-// One pass handles as many taps as there are registers for their sums.
-template <typename T, int L, int K, int FIRST = 0>
+template <typename T, int L, int K, int RATIO, bool ADD>
+void correlate_chains(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, T* out) {
+  for (int64_t p = 0; p < taps.chains; ++p, in += taps.output_row, out += g.out_row) {
+    const int64_t count = (g.out_h - p + taps.chains - 1) / taps.chains;
+    int64_t q = correlate_rows<T, L, K, RATIO, ADD, 8>(g, in, taps, weight, 0, count, out);
+    q = correlate_rows<T, L, K, RATIO, ADD, 4>(g, in, taps, weight, q, count, out);
+    q = correlate_rows<T, L, K, RATIO, ADD, 2>(g, in, taps, weight, q, count, out);
+    correlate_rows<T, L, K, RATIO, ADD, 1>(g, in, taps, weight, q, count, out);
+  }
+}
+
+// Computes out [out_h, out_row] = the correlation of a padded plane with a kernel, with stride g.stride.
+template <typename T, int L, int K>
+void correlate(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, T* out) {
+  taps.ratio == 1 ? correlate_chains<T, L, K, 1, false>(g, in, taps, weight, out)
+                  : correlate_chains<T, L, K, 2, false>(g, in, taps, weight, out);
+}
+
+// Adds to `sums` [J][K] the products of ROWS rows of the gradient of the output, in a chain, and of the input places that
+// J columns of taps read. Each vector of the input serves up to K tap rows.
+template <typename T, int L, int K, int RATIO, int J, int ROWS, typename V>
+inline void correlate_weights_tile(const T* in, const Taps<K>& taps, int first, const T* gradient, int64_t out_row,
+                                   V (&sums)[J][K]) {
+  V d[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) d[r] = load<T, L>(gradient + r * out_row);
+#pragma GCC unroll 32
+  for (int i = 0; i < RATIO * (ROWS - 1) + K; ++i, in += taps.row)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      const V numbers = load<T, L>(in + taps.columns[first + j]);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        if (i >= RATIO * r && i < RATIO * r + K) sums[j][i - RATIO * r] += d[r] * numbers;
+    }
+}
+
+// Adds to weight_gradient [K, K] the correlation of a padded plane with the gradient of the output, from tap column FIRST
+// on. One pass handles as many columns as there are registers for their sums.
+template <typename T, int L, int K, int RATIO, int FIRST = 0>
 void correlate_weights(const Geometry& g, const T* padded, const Taps<K>& taps, const T* gradient, T* weight_gradient) {
-  constexpr int TAPS = std::min(K * K - FIRST, kRegisters - 3);
-  typename Vector<T, L>::type sums[TAPS];
-#pragma GCC unroll 32
-  for (int k = 0; k < TAPS; ++k) sums[k] = typename Vector<T, L>::type{};
-  for (int64_t r = 0; r < g.out_h; ++r) {
+  constexpr int J = std::min(K - FIRST, (kRegisters - 6) / K), ROWS = J * K + 9 <= kRegisters ? 8 : 4;
+  typedef typename Vector<T, L>::type V;
+  const int64_t out_row = taps.chains * g.out_row, in_row = taps.chains * taps.output_row;
+  V sums[J][K] = {};
+  for (int64_t p = 0; p < taps.chains; ++p) {
+    const int64_t count = (g.out_h - p + taps.chains - 1) / taps.chains;
     for (int64_t c = 0; c < g.out_row; c += L) {
-      const auto d = load<T, L>(gradient + r * g.out_row + c);
-      const T* from = padded + r * g.stride * g.row + c;
-#pragma GCC unroll 32
-      for (int k = 0; k < TAPS; ++k) sums[k] += d * load<T, L>(from + taps.at[FIRST + k]);
+      const T *from = padded + p * taps.output_row + c, *d = gradient + p * g.out_row + c;
+      int64_t q = 0;
+      for (; q + ROWS <= count; q += ROWS, from += ROWS * in_row, d += ROWS * out_row)
+        correlate_weights_tile<T, L, K, RATIO, J, ROWS>(from, taps, FIRST, d, out_row, sums);
+      for (; q < count; ++q, from += in_row, d += out_row)
+        correlate_weights_tile<T, L, K, RATIO, J, 1>(from, taps, FIRST, d, out_row, sums);
     }
   }
-  T totals[TAPS + L];
-  Sums<T, L>::template write<TAPS>(sums, totals);
-  for (int k = 0; k < TAPS; ++k) weight_gradient[FIRST + k] += totals[k];
-  if constexpr (FIRST + TAPS < K * K)
-    correlate_weights<T, L, K, FIRST + TAPS>(g, padded, taps, gradient, weight_gradient);
+  T totals[J * K + L];
+  Sums<T, L>::template write<J * K>(&sums[0][0], totals);
+  for (int j = 0; j < J; ++j)
+    for (int i = 0; i < K; ++i) weight_gradient[i * K + FIRST + j] += totals[j * K + i];
+  if constexpr (FIRST + J < K)
+    correlate_weights<T, L, K, RATIO, FIRST + J>(g, padded, taps, gradient, weight_gradient);
 }
 
 // Adds to `padded`, a gradient in the layout of the padded input with stride 2, the products of kernel and gradient of
@@ -587,11 +640,13 @@ class Separable : public SeparableConvolution<T> {
     for (int64_t c = 0; c < channels; ++c) {
       const T* d = inner_gradient + c * g.step;
       if (weight_gradient)
-        correlate_weights<T, L, K>(g, padded + c * g.plane, taps, d, weight_gradient + c * K * K);
+        taps.ratio == 1
+            ? correlate_weights<T, L, K, 1>(g, padded + c * g.plane, taps, d, weight_gradient + c * K * K)
+            : correlate_weights<T, L, K, 2>(g, padded + c * g.plane, taps, d, weight_gradient + c * K * K);
       if (g.stride == 1) {
         for (int64_t r = 0; r < g.out_h; ++r)
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, d + r * g.out_row, g.out_w * sizeof(T));
-        correlate<T, L, K, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
+        correlate_chains<T, L, K, 1, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
       } else {
         correlate_back<T, L, K>(g, d, dilation, weight + c * K * K, bordered, in_gradient + c * g.plane);
       }
@@ -602,7 +657,7 @@ class Separable : public SeparableConvolution<T> {
   void depthwise(const T* padded, const T* weight, T* inner) const {
     Timed timed(Phase::kDepthwise);
     for (int64_t c = 0; c < channels; ++c)
-      correlate<T, L, K, false>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
+      correlate<T, L, K>(g, padded + c * g.plane, taps, weight + c * K * K, inner + c * g.step);
   }
 
   const Geometry g;
