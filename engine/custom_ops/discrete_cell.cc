@@ -128,8 +128,8 @@ class Pool : public Operation<T> {
   void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T*) override {
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(pools_.work_size() + 2 * g_.size);
-      T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size), *kept = scratch.take(g_.size);
+      Scratch<T> scratch(pools_.work_size() + g_.size);
+      T *work = scratch.take(pools_.work_size()), *kept = scratch.take(g_.size);
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kPools);
         for (int64_t c = 0; c < channels_; ++c) {
@@ -140,8 +140,7 @@ class Pool : public Operation<T> {
           for (int64_t p = 0; p < g_.size; ++p) kept[p] = keep * d_plane[p];
           if (!add) std::fill(target, target + g_.h * g_.w, T(0));
           if (max_) {
-            pools_.max(from, work, pooled);
-            pools_.max_backward(from, pooled, kept, work, target);
+            pools_.max_backward(from, kept, work, target);
           } else {
             pools_.mean_backward(kept, work, target);
           }
@@ -211,7 +210,7 @@ class ConvNorm : public Operation<T> {
           }
           Timed timed(Phase::kNormalisation);
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
-            compute_moments(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
+            compute_moments<T, L>(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
         });
         share(c_, 8, [&](int64_t c) {
           Timed timed(Phase::kNormalisation);

@@ -678,141 +678,172 @@ std::unique_ptr<SeparableConvolution<T>> make_separable(int kernel, const Geomet
   PD_THROW("there is no separable convolution of this kernel size: ", kernel);
 }
 
-// Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row], first along the columns or rows, then along the other.
+// Pools 3 x 3 with padding 1, planes [h, w] -> [out_h, out_row], first along the rows or columns, then along the other.
+// The planes are copied to memory with a border, where vectors run over complete planes: rows are often shorter than a
+// vector. With stride 2 every second row and column of the result with stride 1 is kept, and its gradient is placed there.
 // The mean divides by the number of places inside of the plane.
 template <typename T>
 class Pools {
  public:
-  explicit Pools(const Geometry& g) : g_(g), inverse_counts_(g.size, 0) {
+  explicit Pools(const Geometry& g)
+      : g_(g), row_(g.w + 2), plane_(round_up_to_lines<T>((g.h + 2) * row_ + 2 * L)), inverse_counts_(g.size, 0) {
     for (int64_t i = 0; i < g.out_h; ++i)
       for (int64_t j = 0; j < g.out_w; ++j)
         inverse_counts_[i * g.out_row + j] = T(1) / (window_length(i, g.h) * window_length(j, g.w));
   }
 
   // Numbers of the temporary memory `work` of the calls below.
-  int64_t work_size() const { return 3 * g_.h * g_.out_row + 2 * (g_.w + 2) + g_.out_row; }
+  int64_t work_size() const { return 7 * plane_; }
 
   void max(const T* x, T* work, T* to) const {
-    g_.stride == 1 ? pool<1>(x, work, to, -std::numeric_limits<T>::infinity(), larger)
-                   : pool<2>(x, work, to, -std::numeric_limits<T>::infinity(), larger);
+    pool(x, work, to, -std::numeric_limits<T>::infinity(), larger);
   }
   void mean(const T* x, T* work, T* to) const {
-    const auto add = [](T a, T b) { return a + b; };
-    g_.stride == 1 ? pool<1>(x, work, to, T(0), add) : pool<2>(x, work, to, T(0), add);
+    pool(x, work, to, T(0), [](V a, V b) { return a + b; });
 #pragma omp simd
     for (int64_t p = 0; p < g_.size; ++p) to[p] *= inverse_counts_[p];
   }
 
-  // Both add the gradient of the pool's input to `gradient` [h, w]; d [out_h, out_row]: gradient of its output. The
-  // first of several equal maxima gets the gradient, as in Paddle. maxima: the output.
-  void max_backward(const T* x, const T* maxima, const T* d, T* work, T* gradient) const {
-    g_.stride == 1 ? max_backward_strided<1>(x, maxima, d, work, gradient)
-                   : max_backward_strided<2>(x, maxima, d, work, gradient);
+  // Both add the gradient of the pool's input to `gradient` [h, w]; d [out_h, out_row]: gradient of its output.
+  // The first of several equal maxima gets the gradient, as in Paddle: that of the first row which has one.
+  void max_backward(const T* x, const T* d, T* work, T* gradient) const {
+    T *in = plane(work, 0), *maxima = plane(work, 1), *out = plane(work, 2);
+    T* by_row[3] = {plane(work, 3), plane(work, 4), plane(work, 5)};       // what the three rows of a window receive
+    T* by_column[3] = {maxima, out, plane(work, 6)};                       // what three columns receive, in place
+    copy(x, -std::numeric_limits<T>::infinity(), in);
+    place(d, nullptr, out);
+    std::fill_n(by_row[0] + (g_.h + 1) * row_, row_, T(0));
+    std::fill_n(by_row[2], row_, T(0));
+    for_vectors(0, g_.h + 2, [&](int64_t p) {
+      store<T, L>(maxima + p, larger(larger(at(in, p - 1), at(in, p)), at(in, p + 1)));
+    });
+    for_vectors(1, g_.h + 1, [&](int64_t p) {
+      give_to_first(at(maxima, p - row_), at(maxima, p), at(maxima, p + row_), at(out, p), p, by_row);
+    });
+    for_vectors(1, g_.h + 1, [&](int64_t p) {
+      const V received = at(by_row[2], p - row_) + at(by_row[1], p) + at(by_row[0], p + row_);
+      give_to_first(at(in, p - 1), at(in, p), at(in, p + 1), received, p, by_column);
+    });
+    add_rows(by_column[2], by_column[1], by_column[0], gradient);
   }
   void mean_backward(const T* d, T* work, T* gradient) const {
-    g_.stride == 1 ? mean_backward_strided<1>(d, work, gradient) : mean_backward_strided<2>(d, work, gradient);
+    T *out = plane(work, 0), *received = plane(work, 1);
+    place(d, inverse_counts_.data(), out);
+    for_vectors(1, g_.h + 1, [&](int64_t p) {
+      store<T, L>(received + p, at(out, p - row_) + at(out, p) + at(out, p + row_));
+    });
+    add_rows(received, received, received, gradient);
   }
 
  private:
-  // Returns how many of the 3 places of a window around place i * stride are inside of the plane.
-  int64_t window_length(int64_t i, int64_t size) const { return last_of(i, size) - first_of(i) + 1; }
-  int64_t first_of(int64_t i) const { return std::max<int64_t>(i * g_.stride - 1, 0); }
-  int64_t last_of(int64_t i, int64_t size) const { return std::min(i * g_.stride + 1, size - 1); }
-  static T larger(T a, T b) { return b > a || b != b ? b : a; }               // keeps a NaN
+  static constexpr int L = kMaxLanes<T>;
+  typedef typename Vector<T, L>::type V;
+  static V at(const T* plane, int64_t p) { return load<T, L>(plane + p); }
+  static V larger(V a, V b) { return (b > a) | (b != b) ? b : a; }            // keeps a NaN
 
-  template <int S, typename F>
-  void pool(const T* x, T* line, T* to, T border, F f) const {
-    line[0] = line[g_.w + 1] = border;
-    for (int64_t i = 0; i < g_.out_h; ++i, to += g_.out_row) {
-      std::memcpy(line + 1, x + first_of(i) * g_.w, g_.w * sizeof(T));
-      for (int64_t r = first_of(i) + 1; r <= last_of(i, g_.h); ++r)
-#pragma omp simd
-        for (int64_t j = 0; j < g_.w; ++j) line[j + 1] = f(line[j + 1], x[r * g_.w + j]);
-#pragma omp simd
-      for (int64_t j = 0; j < g_.out_w; ++j) to[j] = f(f(line[j * S], line[j * S + 1]), line[j * S + 2]);
-      std::fill(to + g_.out_w, to + g_.out_row, T(0));
+  // Returns how many of the 3 places of a window around place i * stride are inside of the plane.
+  int64_t window_length(int64_t i, int64_t size) const {
+    return std::min(i * g_.stride + 1, size - 1) - std::max<int64_t>(i * g_.stride - 1, 0) + 1;
+  }
+  // Returns block k of the temporary memory: a plane of h + 2 rows of w + 2 numbers, with a vector before and behind it.
+  T* plane(T* work, int k) const { return work + k * plane_ + L; }
+  // Calls f(p) for vectors that cover the rows [first, end) of a plane with border.
+  template <typename F>
+  void for_vectors(int64_t first, int64_t end, F f) const {
+    for (int64_t p = first * row_; p < end * row_; p += L) f(p);
+  }
+  void copy(const T* x, T border, T* to) const {
+    std::fill_n(to, (g_.h + 2) * row_, border);
+    for (int64_t i = 0; i < g_.h; ++i) std::memcpy(to + (i + 1) * row_ + 1, x + i * g_.w, g_.w * sizeof(T));
+  }
+  // Copies d [out_h, out_row], multiplied by `factors`, to its places in a plane with border that is 0 elsewhere, the
+  // vector behind it included.
+  void place(const T* d, const T* factors, T* to) const {
+    std::fill_n(to, (g_.h + 2) * row_ + L, T(0));
+    for (int64_t i = 0; i < g_.out_h; ++i) {
+      T* row = to + (i * g_.stride + 1) * row_ + 1;
+      for_columns(i, [&](int64_t j, int64_t p, auto stride) { row[j * stride] = factors ? d[p] * factors[p] : d[p]; });
     }
   }
-  // Row by row: which of 3 neighbours is the first maximum. Then each output gives its gradient to the first of 3 rows
-  // whose maximum is that of the window, and the rows distribute what they got.
-  template <int S>
-  void max_backward_strided(const T* x, const T* maxima, const T* d, T* work, T* gradient) const {
-    const int64_t row = g_.out_row;
-    T *row_maxima = work, *columns = row_maxima + g_.h * row, *received = columns + g_.h * row;
-    T *line = received + g_.h * row, *distributed = line + g_.w + 2, *unclaimed = distributed + g_.w + 2;
-    line[0] = line[g_.w + 1] = -std::numeric_limits<T>::infinity();
-    for (int64_t r = 0; r < g_.h; ++r) {
-      std::memcpy(line + 1, x + r * g_.w, g_.w * sizeof(T));
-      T *largest = row_maxima + r * row, *column = columns + r * row;
+  // Calls f(j, index in a plane [out_h, out_row], stride) for the columns j of an output row.
+  template <typename F>
+  void for_columns(int64_t i, F f) const {
+    if (g_.stride == 1)
 #pragma omp simd
-      for (int64_t j = 0; j < g_.out_w; ++j) {
-        const T a = line[j * S], b = line[j * S + 1], c = line[j * S + 2], ab = larger(a, b);
-        largest[j] = larger(ab, c);
-        column[j] = c > ab ? T(2) : b > a ? T(1) : T(0);
-      }
-      std::fill_n(received + r * row, g_.out_w, T(0));
-    }
-    for (int64_t i = 0; i < g_.out_h; ++i, maxima += row, d += row) {
-      std::fill_n(unclaimed, g_.out_w, T(1));
-      for (int64_t r = first_of(i); r <= last_of(i, g_.h); ++r) {
-        const T* largest = row_maxima + r * row;
-        T* to = received + r * row;
+      for (int64_t j = 0; j < g_.out_w; ++j) f(j, i * g_.out_row + j, std::integral_constant<int, 1>());
+    else
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) {
-          const T claimed = largest[j] == maxima[j] ? unclaimed[j] : T(0);
-          to[j] += claimed * d[j];
-          unclaimed[j] -= claimed;
-        }
-      }
-    }
-    for (int64_t r = 0; r < g_.h; ++r) {
-      const T *column = columns + r * row, *from = received + r * row;
-      std::fill_n(distributed, g_.w + 2, T(0));
-      for (int k = 0; k < 3; ++k)
-#pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) distributed[j * S + k] += column[j] == k ? from[j] : T(0);
-#pragma omp simd
-      for (int64_t j = 0; j < g_.w; ++j) gradient[r * g_.w + j] += distributed[j + 1];
+      for (int64_t j = 0; j < g_.out_w; ++j) f(j, i * g_.out_row + j, std::integral_constant<int, 2>());
+  }
+  template <typename F>
+  void pool(const T* x, T* work, T* to, T border, F f) const {
+    T *in = plane(work, 0), *rows = plane(work, 1);
+    copy(x, border, in);
+    for_vectors(1, g_.h + 1, [&](int64_t p) {
+      store<T, L>(rows + p, f(f(at(in, p - row_), at(in, p)), at(in, p + row_)));
+    });
+    for_vectors(1, g_.h + 1, [&](int64_t p) {                // in place of the input
+      store<T, L>(in + p, f(f(at(rows, p - 1), at(rows, p)), at(rows, p + 1)));
+    });
+    for (int64_t i = 0; i < g_.out_h; ++i) {
+      const T* row = in + (i * g_.stride + 1) * row_ + 1;
+      for_columns(i, [&](int64_t j, int64_t p, auto stride) { to[p] = row[j * stride]; });
+      std::fill(to + i * g_.out_row + g_.out_w, to + (i + 1) * g_.out_row, T(0));
     }
   }
-  template <int S>
-  void mean_backward_strided(const T* d, T* work, T* gradient) const {
-    T *received = work, *distributed = received + g_.out_row;
-    for (int64_t r = 0; r < g_.h; ++r) {
-      std::fill_n(received, g_.out_w, T(0));
-      // The outputs whose windows contain row r.
-      for (int64_t i = std::max<int64_t>(0, r + S - 2) / S; i <= std::min((r + 1) / S, g_.out_h - 1); ++i)
+  // Writes d to `to` [3], at the index of the first maximum of a, b and c, and 0 to the others.
+  static void give_to_first(V a, V b, V c, V d, int64_t p, T* const* to) {
+    const V zero{}, first_two = c > larger(a, b) ? zero : d, second = b > a ? first_two : zero;
+    store<T, L>(to[0] + p, first_two - second);
+    store<T, L>(to[1] + p, second);
+    store<T, L>(to[2] + p, d - first_two);
+  }
+  // Adds to `gradient` [h, w] what each place receives from the windows around its left neighbour, itself and its right
+  // neighbour.
+  void add_rows(const T* left, const T* centre, const T* right, T* gradient) const {
+    for (int64_t i = 0; i < g_.h; ++i) {
+      const int64_t p = (i + 1) * row_ + 1;
 #pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j)
-          received[j] += d[i * g_.out_row + j] * inverse_counts_[i * g_.out_row + j];
-      std::fill_n(distributed, g_.w + 2, T(0));
-      for (int k = 0; k < 3; ++k)
-#pragma omp simd
-        for (int64_t j = 0; j < g_.out_w; ++j) distributed[j * S + k] += received[j];
-#pragma omp simd
-      for (int64_t j = 0; j < g_.w; ++j) gradient[r * g_.w + j] += distributed[j + 1];
+      for (int64_t j = 0; j < g_.w; ++j) gradient[i * g_.w + j] += left[p + j - 1] + centre[p + j] + right[p + j + 1];
     }
   }
 
   const Geometry g_;
+  const int64_t row_, plane_;
   std::vector<T> inverse_counts_;
 };
 
+// Returns a vector of ones, with 0 from column g.out_w on, for the last vector of a row.
+template <typename T, int L>
+typename Vector<T, L>::type columns_mask(const Geometry& g) {
+  typename Vector<T, L>::type mask;
+  for (int k = 0; k < L; ++k) mask[k] = g.out_row - L + k < g.out_w ? T(1) : T(0);
+  return mask;
+}
+
 // Writes the mean and the sum of the squared deviations of a plane to moments [2].
-template <typename T>
+template <typename T, int L>
 void compute_moments(const Geometry& g, const T* plane, double* moments) {
-  T total = 0, squares = 0;
-  for (int64_t i = 0; i < g.rows(); ++i)
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < g.columns(); ++j) total += plane[i * g.out_row + j];
-  const T mean = total / (g.out_h * g.out_w);
-  for (int64_t i = 0; i < g.rows(); ++i)
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < g.columns(); ++j) {
-      const T deviation = plane[i * g.out_row + j] - mean;
-      squares += deviation * deviation;
+  if constexpr (L < kMaxLanes<T>)
+    if (g.rows() == 1 && g.size % kMaxLanes<T> == 0) return compute_moments<T, kMaxLanes<T>>(g, plane, moments);
+  typedef typename Vector<T, L>::type V;
+  const V zero{}, mask = columns_mask<T, L>(g);
+  const auto total = [&](auto f) {
+    V sums[4] = {};                                     // so that no addition waits for the one before
+    for (int64_t i = 0; i < g.rows(); ++i) {
+      const T* row = plane + i * g.out_row;
+      int64_t j = 0;
+      for (; j + 4 * L <= g.columns(); j += 4 * L)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sums[k] += f(load<T, L>(row + j + k * L));
+      for (; j + L <= g.columns(); j += L) sums[0] += f(load<T, L>(row + j));
+      if (j < g.columns()) sums[1] += mask > zero ? f(load<T, L>(row + j)) : zero;
     }
-  moments[0] = mean, moments[1] = squares;
+    return sum<T, L>(sums[0] + sums[1] + (sums[2] + sums[3]));
+  };
+  const T mean = total([](V v) { return v; }) / (g.out_h * g.out_w);
+  moments[0] = mean;
+  moments[1] = total([mean](V v) { return (v - mean) * (v - mean); });
 }
 
 // Combines the moments of n planes of `size` numbers, at distances of `step`, to the mean and variance of all numbers.
@@ -873,17 +904,19 @@ inline T relu_grad(T value, T gradient) {
 template <typename T, int L>
 void normalised_relu_backward(const Geometry& g, const T* y, T factor, T mean, T shift, const T* d, T* to,
                               double* sums) {
-  typename Vector<T, L>::type total{}, dot{}, zero{};
-  for (int64_t p = 0; p < g.size; p += L) {
-    const auto centred = load<T, L>(y + p) - mean;
-    const auto masked = factor * centred + shift > zero ? load<T, L>(d + p) : zero;
-    store<T, L>(to + p, masked);
-    if (g.out_row == g.out_w) total += masked, dot += masked * centred;
-  }
+  typedef typename Vector<T, L>::type V;
+  const V zero{}, mask = columns_mask<T, L>(g);
+  const int64_t row = g.rows() == 1 ? g.size : g.out_row;
+  V total{}, dot{};
+  for (int64_t first = 0; first < g.size; first += row)
+    for (int64_t p = first; p < first + row; p += L) {
+      const V centred = load<T, L>(y + p) - mean;
+      V masked = factor * centred + shift > zero ? load<T, L>(d + p) : zero;
+      if (p == first + row - L) masked = mask > zero ? masked : zero;
+      store<T, L>(to + p, masked);
+      total += masked, dot += masked * centred;
+    }
   sums[0] = sum<T, L>(total), sums[1] = sum<T, L>(dot);
-  if (g.out_row == g.out_w) return;
-  for (int64_t i = 0; i < g.out_h; ++i) std::fill(to + i * g.out_row + g.out_w, to + (i + 1) * g.out_row, T(0));
-  sum_gradient(g, to, y, mean, sums);
 }
 
 // Computes `to` [h, w] = (with add: +=) the gradient of the ReLU's input x. gradient: that of its output, in the layout

@@ -507,7 +507,7 @@ class MixedCell {
       batch_norm_backward(nodes_, d, result(n, pool, c), rstd_of(pool, c), d_mean_[pool * c_ + c], mean_of(pool, c),
                           slope_[pool * c_ + c], d);
       if (space_.pools[k].max)
-        pools_of(g).max_backward(plane, result(n, pool, c), d, work.pool, direct);
+        pools_of(g).max_backward(plane, d, work.pool, direct);
       else
         pools_of(g).mean_backward(d, work.pool, direct);
     }
@@ -624,7 +624,7 @@ class MixedCell {
   void compute_all_moments(int64_t n, int64_t plane) {
     Timed timed(Phase::kNormalisation);
     for (int64_t c = 0; c < c_; ++c)
-      compute_moments(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
+      compute_moments<T, L>(nodes_, result(n, plane, c), moments_.data() + (n * planes() + plane * c_ + c) * 2);
   }
   void combine(int64_t first, int64_t end) {
     share((end - first) * c_, 16, [&](int64_t plane) {

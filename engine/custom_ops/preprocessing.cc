@@ -57,7 +57,7 @@ class Preprocessing {
                                     y + i * input.rows * step_, step_);
         Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < c_; ++c) {
-          compute_moments(input.geometry, y + c * step_, moments.data() + (k * c_ + c) * 2);
+          compute_moments<T, L>(input.geometry, y + c * step_, moments.data() + (k * c_ + c) * 2);
           compact_rows(input.geometry, y + c * step_, x + (k * c_ + c) * plane_);
         }
       });
