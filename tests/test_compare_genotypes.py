@@ -1,6 +1,5 @@
-"""The comparison of methods and genotypes: statistics by hand, what is run, and what is not run again."""
+"""The comparison of methods and genotypes: what is run, and what is not run again."""
 import json
-import math
 import os
 import shlex
 import signal
@@ -12,77 +11,12 @@ import pytest
 
 import compare_genotypes
 import genotypes
-import report
 import runs
 from genotypes import DARTS_SPACE
 from utils import UserError
 
 pytest.importorskip('scipy')
 SCRIPT = 'scripts/bench/compare_genotypes.py'
-
-
-# ---------------------------------------------------------------------------------------------------
-# Statistics
-
-def two_sided_p(t, df):
-    """The probability of a larger |t|, by numeric integration of the density of the t distribution."""
-    x = np.linspace(-abs(t), abs(t), 200_001)
-    density = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi) * (1 + x ** 2 / df) ** (
-        -(df + 1) / 2)
-    return 1 - float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
-
-
-def test_welch_by_hand():
-    """Means 2.5 and 6, variances 5 / 3 and 10, n 4 and 5."""
-    found = report.welch([1, 2, 3, 4], [2, 4, 6, 8, 10])
-    variance = 5 / 3 / 4 + 10 / 5
-    assert found['difference'] == -3.5 and found['t'] == pytest.approx(-3.5 / math.sqrt(variance))
-    assert found['df'] == pytest.approx(variance ** 2 / ((5 / 12) ** 2 / 3 + 2 ** 2 / 4))
-    assert found['p'] == pytest.approx(two_sided_p(found['t'], found['df']), abs=1e-8)
-
-
-def test_paired_by_hand():
-    """Differences 1, 2, 1, -1: mean 0.75, variance 4.75 / 3."""
-    found = report.paired([5, 7, 9, 6], [4, 5, 8, 7])
-    assert (found['difference'], found['df']) == (0.75, 3)
-    assert found['t'] == pytest.approx(0.75 / math.sqrt(4.75 / 3 / 4))
-    assert found['p'] == pytest.approx(two_sided_p(found['t'], 3), abs=1e-8)
-
-
-def test_summary_by_hand():
-    found = report.summary([1, 2, 3, 4])
-    assert (found['n'], found['mean']) == (4, 2.5) and found['deviation'] == pytest.approx(math.sqrt(5 / 3))
-    assert found['half'] == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)         # a table's t, df 3
-
-
-def rows_of(group, **runs_of):
-    """Returns rows of a group for {name: top-1 of each training seed}."""
-    return [dict(group=group, name=name, seed=seed, top1=top1, weights=0.05, multiply_adds=9.0)
-            for name, values in runs_of.items() for seed, top1 in enumerate(values)]
-
-
-def test_the_seeds_of_a_training_are_averaged_first():
-    rows = rows_of('a', a_0=[80, 82], a_1=[84, 86]) + rows_of('random', random_0=[70, 72], random_1=[75, 75])
-    assert report.values_of(rows, 'a') == {'a_0': 81, 'a_1': 85}
-    assert '| a | 2 | 83.00 | 2.83 | 57.59 to 108.41 | 81.00 | 85.00 |' in report.group_table(rows)
-    line = report.test_table(rows, [('a', 'random')], [])[-1]
-    expected = report.welch([81, 85], [71, 75])
-    assert line == f"| Welch's: a − random | 2 and 2 | +10.00 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
-
-
-def test_methods_are_paired_by_the_seed_of_the_search():
-    rows = rows_of('a', a_10=[5], a_2=[7], a_1=[9], a_7=[99]) + rows_of('b', b_1=[8], b_2=[5], b_10=[4])
-    line = report.test_table(rows, [], [('a', 'b')])[-1]
-    expected = report.paired([9, 7, 5], [8, 5, 4])
-    assert line == f"| paired: a − b | 3 pairs | +1.33 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
-
-
-def test_too_few_genotypes_for_a_test():
-    rows = rows_of('a', a_0=[80]) + rows_of('random', random_0=[70], random_1=[75])
-    assert 'needs two groups of at least two genotypes' in report.test_table(rows, [('a', 'random')], [])[-1]
-    assert 'needs at least two pairs' in report.test_table(rows, [], [('a', 'a')])[-1]
-    assert report.test_table(rows, [], []) == []
-    assert '| a | 1 | 80.00 |  |  | 80.00 | 80.00 |' in report.group_table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -140,8 +74,21 @@ def test_methods_published_and_random_genotypes_are_trained_alike(tmp_path, scri
     for name in of_size[:2]:
         assert abs(compare_genotypes.number_of_weights(args, archs[f'train_{name}_0']) / target - 1) <= 0.05
     assert done.stdout.strip().endswith((tmp_path / 'results.md').read_text().strip())
-    assert all(part in done.stdout for part in ("Welch's: first − random", "Welch's: second − random",
-                                                'paired: second − first'))
+    assert all(part in done.stdout for part in (
+        "Welch's: first − random |", "Welch's: second − random-of-size |", "Welch's: searched − random |",
+        'paired: second − first |', '| searched | 4 | ', '| number of weights | all | 9 |',
+        '| multiply-adds | random | 2 |', 'training seeds of a genotype, pooled over 9 |', '| genotypes of searched |'))
+
+
+def test_the_noise_includes_earlier_trainings_with_equal_settings(tmp_path, scripts):
+    of_one = ['--search_seeds', '--random', 0, '--train_seeds', 0, 2, 4]
+    for epochs in (3, 4):                                                          # 4: other settings
+        assert compare(tmp_path / str(epochs), *of_one, '--train_epochs', epochs).returncode == 0
+    lines = [(tmp_path / epochs / 'results.jsonl').read_text().splitlines() for epochs in '34']
+    (tmp_path / 'results.jsonl').write_text('\n'.join(lines[0][1:] + lines[1][:1]))         # seeds 2 and 4, and seed 0
+    done = compare(tmp_path, '--search_seeds', '--train_seeds', 1, '--compare', 'published:random')
+    assert '| training seeds of DARTS_V1 | 1.53 | 2 |' in done.stdout                  # 81, 82 and 84
+    assert '| published | 1 | 81.00 |' in done.stdout
 
 
 def test_finished_runs_are_not_repeated_even_without_their_folders(tmp_path, scripts):
