@@ -22,6 +22,9 @@ SCRIPT = 'scripts/bench/compare_genotypes.py'
 # ---------------------------------------------------------------------------------------------------
 # Runs
 
+ALPHAS = {f'alphas_{kind}': 14 * [[column / 28 for column in range(8)]] for kind in ('normal', 'reduce')}
+
+
 @pytest.fixture
 def scripts(monkeypatch):
     """Replaces the scripts by functions that write their files; returns the list of their command lines."""
@@ -33,7 +36,8 @@ def scripts(monkeypatch):
         folder = flags['--model_save_dir']
         os.makedirs(folder)
         seed = int(flags['--seed'])
-        line = {'epoch': 1, 'seconds': 2.5, 'valid_top1': 0.5, 'skip_connects': 1, 'test_top1': 0.8 + seed / 100}
+        line = {'epoch': 1, 'seconds': 2.5, 'valid_top1': 0.5, 'skip_connects': 1, 'test_top1': 0.8 + seed / 100,
+                **ALPHAS}
         for name, text in (('history.jsonl', json.dumps(line) + '\n'),
                            ('genotype.json', genotypes.dumps(genotypes.draw(DARTS_SPACE, 100 + seed))),
                            ('log.txt', 'epoch 1 step 5/9: loss\nparam size = 0.045000MB\nmultiply-adds = 8.5M\n')):
@@ -218,6 +222,70 @@ def test_an_interrupted_run_has_time_to_save_its_checkpoint(monkeypatch):
     assert started[0].returncode == 7
 
 
+# ---------------------------------------------------------------------------------------------------
+# Ranking by the supernets
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Replaces the evaluation inside a supernet; returns the list of (folder, data, images, genotype)."""
+    calls = []
+
+    class FinishedSearch:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def evaluate(self, genotype):
+            calls.append((*self.arguments, genotype))
+            return {'loss': 2.0 - len(calls) / 100, 'top1': 0.5 + len(calls) / 100}
+    monkeypatch.setattr(compare_genotypes.supernet_ranking, 'FinishedSearch', FinishedSearch)
+    monkeypatch.setattr(compare_genotypes.supernet_ranking, 'last_checkpoint', lambda folder: folder)
+    return calls
+
+
+def test_all_genotypes_are_ranked_by_each_supernet_once(tmp_path, scripts, evaluations):
+    ranked = [*METHODS, '--supernet_ranking', '--ranking_images', 100]
+    assert compare(tmp_path, *METHODS).returncode == 0
+    assert not evaluations                                              # only with the flag, and not too late for it
+    done = compare(tmp_path, *ranked)
+    assert done.returncode == 0, done.stderr
+    folders = [str(tmp_path / f'search_{name}') for name in ('first_0', 'first_1', 'second_0', 'second_1')]
+    expected = [*(genotypes.draw(DARTS_SPACE, seed) for seed in (100, 101, 100, 101)), genotypes.DARTS_V1,
+                *(genotypes.draw(DARTS_SPACE, seed) for seed in (0, 1))]
+    assert evaluations == [(folder, None, 100, genotype) for folder in folders for genotype in expected]
+    lines = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+    line = [line for line in lines if line['kind'] == 'supernet'][11]
+    assert (line['name'], line['seed'], line['genotype_name'], line['loss'], line['top1']) == (
+        'first', 1, 'DARTS_V1', 1.88, 0.62)
+    assert genotypes.check(line['genotype']) == genotypes.DARTS_V1 and line['settings']['ranking_images'] == 100
+    # All trainings had the same accuracy.
+    for number, line in enumerate(lines):
+        line.update({'accuracy': [number / 100]} if line['kind'] == 'train' else {})
+    (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    again = compare(tmp_path, *ranked)
+    assert again.returncode == 0 and len(evaluations) == 4 * 7
+    table = [line for line in again.stdout.splitlines() if line.startswith(('| second_1 |', '| mean of first |'))]
+    assert [line.split(' | ')[:4] for line in table] == [['| second_1', 'all', '7', '+1.00 (0)'],
+                                                         ['| mean of first', 'all', '7', '+1.00']]
+    again = compare(tmp_path, *ranked, '--random', 3)
+    assert again.returncode == 0 and len(evaluations) == 4 * 8          # of the third random genotype only
+    assert evaluations[-1][-1] == genotypes.draw(DARTS_SPACE, 2)
+    runs.assert_one_line(compare(tmp_path, *ranked[:-1], 200), 'with another ranking_images')
+
+
+def test_genotypes_outside_of_the_space_are_not_ranked(tmp_path, scripts, evaluations):
+    done = compare(tmp_path, '--supernet_ranking', '--genotypes', 'AmoebaNet', '--random', 0)
+    assert 'AmoebaNet is not ranked by the supernets: its normal cell does not have 4 nodes' in done.stdout
+    assert len(evaluations) == 2 * 2
+
+
+def test_a_search_without_its_folder_is_found_before_the_trainings(tmp_path, scripts):
+    assert compare(tmp_path / 'first', '--random', 0, '--genotypes').returncode == 0
+    count = len(scripts)
+    done = compare(tmp_path / 'second', '--results', tmp_path / 'first' / 'results.jsonl', '--supernet_ranking')
+    runs.assert_one_line(done, 'search_second_0 has none: restore the folder, or leave out --supernet_ranking')
+    assert len(scripts) == count
+
+
 def test_custom_data_are_settings_of_a_run(tmp_path, scripts):
     flags = ['--dataset', 'npz', '--search_seeds', '--data']
     assert compare(tmp_path, *flags, 'a/one.npz').returncode == 0
@@ -240,6 +308,8 @@ def test_a_run_that_fails(tmp_path, monkeypatch):
     ('--search a= --search "b=--random"', 'b: --random is equal'), ('--search a= --search a=', 'the same name'),
     ('--search a= --search "b=--unroled False"', 'did you mean --unrolled?'),
     ('--search "pc=--recipe pc_darts"', '--arch_start_epoch 15: alpha would never be updated in 5 epochs'),
+    ('--supernet_ranking --primitives skip_connect,sep_conv_3x3', 'the primitive none'),
+    ('--supernet_ranking --search_seeds', '--supernet_ranking needs searches'),
     ('--search_seeds --random_of_size 1', '--random_of_size needs searches'),
     ('--search_seeds --random 0 --genotypes', 'nothing to compare')])
 def test_mistakes_on_the_command_line(tmp_path, scripts, flags, reason):
@@ -286,8 +356,9 @@ def test_real_runs(tmp_path, monkeypatch):
              'pc=--recipe pc_darts --partial_channels 2 --arch_start_epoch 0', '--genotypes', 'DARTS_PADDLE']
     for kind in ('search', 'train'):
         flags += [f'--{kind}_channels', 2, f'--{kind}_layers', 3, f'--{kind}_epochs', 1, f'--{kind}_batch_size', 64]
-    done = runs.run_in_process(SCRIPT, *flags)
+    done = runs.run_in_process(SCRIPT, *flags, '--supernet_ranking')
     assert done.returncode == 0, done.stderr
+    assert '| pc_0 | all | 3 | ' in done.stdout
     names = ['pc_0', 'DARTS_PADDLE', 'random_0']
     assert started == ['train_search.py'] + ['train.py'] * len(names)
     result = (tmp_path / 'results.md').read_text()
@@ -296,5 +367,5 @@ def test_real_runs(tmp_path, monkeypatch):
     for name, line in zip(names, result.splitlines()[6:]):
         last = runs.history(tmp_path / f'train_{name}_0')[-1]
         assert f"| {name} | 0 | {100 * last['test_top1']:.2f} | " in line
-    again = runs.run_in_process(SCRIPT, *flags)
+    again = runs.run_in_process(SCRIPT, *flags, '--supernet_ranking')
     assert again.stdout.endswith(result + '\n') and len(started) == 4

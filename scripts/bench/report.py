@@ -189,7 +189,7 @@ def correlation_table(rows: list[dict]) -> list[str]:
                 cells = ['{:+.2f} | {:.3g}'.format(*correlate([row[size] for row in found.values()], top1, coefficient))
                          for coefficient in ('pearson', 'spearman')]
             except ValueError as error:
-                cells = [str(error), ' | ']
+                cells = [f'{error} | ', ' | ']
             lines.append(f"| {title} | {group} | {len(found)} | {' | '.join(cells)} |")
     return lines
 

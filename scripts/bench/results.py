@@ -35,7 +35,7 @@ def read_lines(path: str) -> list[dict]:
 def row_of(line: dict, group: str) -> dict:
     """Returns the row of a training for report.py."""
     return dict(group=group, name=line['name'], seed=line['seed'], top1=100 * line['accuracy'][-1],
-                weights=line['weights'], multiply_adds=line['multiply_adds'])
+                weights=line['weights'], multiply_adds=line['multiply_adds'], genotype=line['genotype'])
 
 
 def group_of(name: str, methods: Collection[str]) -> str:
@@ -99,10 +99,15 @@ class Results:
             raise UserError(f"cannot write {path}: {error.strerror or error}; give another --results") from None
         self.lines = read_lines(path)
 
-    def find(self, kind: str, name: str, seed: int, settings: dict, genotype: Genotype | None = None) -> dict | None:
-        """Returns the line of a run, or None; raises UserError when the line is of other settings."""
+    def find(self, kind: str, name: str, seed: int, settings: dict, genotype: Genotype | None = None,
+             genotype_name: str | None = None) -> dict | None:
+        """Returns the line of a run, or None; raises UserError when the line is of other settings.
+
+        genotype_name: of a genotype in the supernet of the search `name`.
+        """
         for line in self.lines:
-            if [line['kind'], line['name'], line['seed']] == [kind, name, seed]:
+            if [line['kind'], line['name'], line['seed'], line.get('genotype_name')] == [
+                    kind, name, seed, genotype_name]:
                 differing = [key for key in settings if settings[key] != line['settings'].get(key)]
                 if genotype and genotypes.check(line['genotype']) != genotype:
                     differing.append('genotype')
