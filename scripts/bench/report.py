@@ -136,6 +136,20 @@ def run_table(rows: list[dict]) -> list[str]:
                     for row in rows]
 
 
+def genotype_table(rows: list[dict]) -> list[str]:
+    """Returns the lines of the table of the genotypes: mean and standard deviation of top-1 over the training seeds."""
+    lines = ['| group | genotype | test top-1, % | weights, M | multiply-adds, M |', '| --- | --- | --- | --- | --- |']
+    found: dict[tuple, list] = {}
+    for row in rows:
+        found.setdefault((row['group'], row['name']), []).append(row)
+    for (group, name), runs in found.items():
+        top1 = [row['top1'] for row in runs]
+        spread = f' ± {statistics.stdev(top1):.2f}' if len(top1) > 1 else ''
+        lines.append(f"| {group} | {name} | {statistics.mean(top1):.2f}{spread} "
+                     "| {weights:.3f} | {multiply_adds:.1f} |".format(**runs[0]))
+    return lines
+
+
 def group_table(rows: list[dict]) -> list[str]:
     """Returns the lines of the table of the groups."""
     lines = ['| group | genotypes | mean | standard deviation | 95 % interval of the mean | lowest | highest |',

@@ -51,9 +51,11 @@ def group_of(name: str, methods: Collection[str]) -> str:
 class Experiment(NamedTuple):
     """The content of a file of finished runs.
 
-    rows: the trainings with the seeds that all genotypes were trained with; runs: all trainings.
+    searches, trainings, rankings: the lines of a kind. rows, of report.py: the trainings with the seeds that all
+    genotypes were trained with; runs: of all trainings.
     """
     searches: list[dict]
+    trainings: list[dict]
     rows: list[dict]
     runs: list[dict]
     rankings: list[dict]
@@ -81,7 +83,7 @@ def read_experiment(path: str) -> Experiment:
     common = set.intersection(*seeds) if seeds else set()
     if not common:
         raise UserError(f"{path}: no training seed is common to all genotypes: finish the trainings first")
-    return Experiment(searches, [row for row in runs if row['seed'] in common], runs, rankings)
+    return Experiment(searches, trainings, [row for row in runs if row['seed'] in common], runs, rankings)
 
 
 class Results:
