@@ -300,6 +300,15 @@ def animate(epochs: list[Epoch]) -> bytes:
     return file.getvalue()
 
 
+def import_figure(what: str) -> type[matplotlib.figure.Figure]:
+    """Returns matplotlib's Figure, to plot `what`; raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"cannot plot {what}: {error}; install matplotlib with pip install matplotlib") from None
+    return Figure
+
+
 def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     """Plots the mixing weights over the epochs of a search: one panel per edge of both cells, one line per primitive.
     With partial channels the title of a panel has the last weight of its edge.
@@ -308,10 +317,7 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     Each panel's label is "KIND STATE NODE", each line's label its primitive. A search with evaluations of the curvature
     has one more panel, `curvature`, below. Raises UserError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"cannot plot alpha: {error}; install matplotlib with pip install matplotlib") from None
+    figure_class = import_figure('alpha')
     space, numbers = epochs[0].space, [epoch.number for epoch in epochs]
     nodes, uniform = space.nodes, 1 / len(space.primitives)
     ticks = sorted({numbers[0], numbers[-1]})
@@ -322,7 +328,7 @@ def draw_alphas(epochs: list[Epoch]) -> matplotlib.figure.Figure:
     rows = -(-len(entries) // columns)
     curvatures = {epoch.number: epoch.curvature for epoch in epochs if epoch.curvature is not None}
     heights = [1.2 * nodes + 2, *[1.4] * bool(curvatures)]
-    figure = Figure(figsize=(width, sum(heights) + 0.4 + 0.2 * rows), layout='constrained', dpi=144)
+    figure = figure_class(figsize=(width, sum(heights) + 0.4 + 0.2 * rows), layout='constrained', dpi=144)
     strips = figure.add_gridspec(len(heights), len(KINDS), wspace=0.04, height_ratios=heights)
     figure.suptitle(f"mixing weights, epoch{'s' * (len(ticks) > 1)} {' to '.join(map(str, ticks))}", color=INK)
     panel = None

@@ -1,6 +1,5 @@
-"""The comparison of methods and genotypes: statistics by hand, what is run, and what is not run again."""
+"""The comparison of methods and genotypes: what is run, and what is not run again."""
 import json
-import math
 import os
 import shlex
 import signal
@@ -12,7 +11,6 @@ import pytest
 
 import compare_genotypes
 import genotypes
-import report
 import runs
 from genotypes import DARTS_SPACE
 from utils import UserError
@@ -22,71 +20,10 @@ SCRIPT = 'scripts/bench/compare_genotypes.py'
 
 
 # ---------------------------------------------------------------------------------------------------
-# Statistics
-
-def two_sided_p(t, df):
-    """The probability of a larger |t|, by numeric integration of the density of the t distribution."""
-    x = np.linspace(-abs(t), abs(t), 200_001)
-    density = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi) * (1 + x ** 2 / df) ** (
-        -(df + 1) / 2)
-    return 1 - float(((density[1:] + density[:-1]) / 2 * np.diff(x)).sum())
-
-
-def test_welch_by_hand():
-    """Means 2.5 and 6, variances 5 / 3 and 10, n 4 and 5."""
-    found = report.welch([1, 2, 3, 4], [2, 4, 6, 8, 10])
-    variance = 5 / 3 / 4 + 10 / 5
-    assert found['difference'] == -3.5 and found['t'] == pytest.approx(-3.5 / math.sqrt(variance))
-    assert found['df'] == pytest.approx(variance ** 2 / ((5 / 12) ** 2 / 3 + 2 ** 2 / 4))
-    assert found['p'] == pytest.approx(two_sided_p(found['t'], found['df']), abs=1e-8)
-
-
-def test_paired_by_hand():
-    """Differences 1, 2, 1, -1: mean 0.75, variance 4.75 / 3."""
-    found = report.paired([5, 7, 9, 6], [4, 5, 8, 7])
-    assert (found['difference'], found['df']) == (0.75, 3)
-    assert found['t'] == pytest.approx(0.75 / math.sqrt(4.75 / 3 / 4))
-    assert found['p'] == pytest.approx(two_sided_p(found['t'], 3), abs=1e-8)
-
-
-def test_summary_by_hand():
-    found = report.summary([1, 2, 3, 4])
-    assert (found['n'], found['mean']) == (4, 2.5) and found['deviation'] == pytest.approx(math.sqrt(5 / 3))
-    assert found['half'] == pytest.approx(3.182446 * math.sqrt(5 / 3) / 2, rel=1e-6)         # a table's t, df 3
-
-
-def rows_of(group, **runs_of):
-    """Returns rows of a group for {name: top-1 of each training seed}."""
-    return [dict(group=group, name=name, seed=seed, top1=top1, weights=0.05, multiply_adds=9.0)
-            for name, values in runs_of.items() for seed, top1 in enumerate(values)]
-
-
-def test_the_seeds_of_a_training_are_averaged_first():
-    rows = rows_of('a', a_0=[80, 82], a_1=[84, 86]) + rows_of('random', random_0=[70, 72], random_1=[75, 75])
-    assert report.values_of(rows, 'a') == {'a_0': 81, 'a_1': 85}
-    assert '| a | 2 | 83.00 | 2.83 | 57.59 to 108.41 | 81.00 | 85.00 |' in report.group_table(rows)
-    line = report.test_table(rows, [('a', 'random')], [])[-1]
-    expected = report.welch([81, 85], [71, 75])
-    assert line == f"| Welch's: a − random | 2 and 2 | +10.00 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
-
-
-def test_methods_are_paired_by_the_seed_of_the_search():
-    rows = rows_of('a', a_10=[5], a_2=[7], a_1=[9], a_7=[99]) + rows_of('b', b_1=[8], b_2=[5], b_10=[4])
-    line = report.test_table(rows, [], [('a', 'b')])[-1]
-    expected = report.paired([9, 7, 5], [8, 5, 4])
-    assert line == f"| paired: a − b | 3 pairs | +1.33 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
-
-
-def test_too_few_genotypes_for_a_test():
-    rows = rows_of('a', a_0=[80]) + rows_of('random', random_0=[70], random_1=[75])
-    assert 'needs two groups of at least two genotypes' in report.test_table(rows, [('a', 'random')], [])[-1]
-    assert 'needs at least two pairs' in report.test_table(rows, [], [('a', 'a')])[-1]
-    assert report.test_table(rows, [], []) == []
-    assert '| a | 1 | 80.00 |  |  | 80.00 | 80.00 |' in report.group_table(rows)
-
-
-# ---------------------------------------------------------------------------------------------------
 # Runs
+
+ALPHAS = {f'alphas_{kind}': 14 * [[column / 28 for column in range(8)]] for kind in ('normal', 'reduce')}
+
 
 @pytest.fixture
 def scripts(monkeypatch):
@@ -99,7 +36,8 @@ def scripts(monkeypatch):
         folder = flags['--model_save_dir']
         os.makedirs(folder)
         seed = int(flags['--seed'])
-        line = {'epoch': 1, 'seconds': 2.5, 'valid_top1': 0.5, 'skip_connects': 1, 'test_top1': 0.8 + seed / 100}
+        line = {'epoch': 1, 'seconds': 2.5, 'valid_top1': 0.5, 'skip_connects': 1, 'test_top1': 0.8 + seed / 100,
+                **ALPHAS}
         for name, text in (('history.jsonl', json.dumps(line) + '\n'),
                            ('genotype.json', genotypes.dumps(genotypes.draw(DARTS_SPACE, 100 + seed))),
                            ('log.txt', 'epoch 1 step 5/9: loss\nparam size = 0.045000MB\nmultiply-adds = 8.5M\n')):
@@ -140,8 +78,21 @@ def test_methods_published_and_random_genotypes_are_trained_alike(tmp_path, scri
     for name in of_size[:2]:
         assert abs(compare_genotypes.number_of_weights(args, archs[f'train_{name}_0']) / target - 1) <= 0.05
     assert done.stdout.strip().endswith((tmp_path / 'results.md').read_text().strip())
-    assert all(part in done.stdout for part in ("Welch's: first − random", "Welch's: second − random",
-                                                'paired: second − first'))
+    assert all(part in done.stdout for part in (
+        "Welch's: first − random |", "Welch's: second − random-of-size |", "Welch's: searched − random |",
+        'paired: second − first |', '| searched | 4 | ', '| number of weights | all | 9 |',
+        '| multiply-adds | random | 2 |', 'training seeds of a genotype, pooled over 9 |', '| genotypes of searched |'))
+
+
+def test_the_noise_includes_earlier_trainings_with_equal_settings(tmp_path, scripts):
+    of_one = ['--search_seeds', '--random', 0, '--train_seeds', 0, 2, 4]
+    for epochs in (3, 4):                                                          # 4: other settings
+        assert compare(tmp_path / str(epochs), *of_one, '--train_epochs', epochs).returncode == 0
+    lines = [(tmp_path / epochs / 'results.jsonl').read_text().splitlines() for epochs in '34']
+    (tmp_path / 'results.jsonl').write_text('\n'.join(lines[0][1:] + lines[1][:1]))         # seeds 2 and 4, and seed 0
+    done = compare(tmp_path, '--search_seeds', '--train_seeds', 1, '--compare', 'published:random')
+    assert '| training seeds of DARTS_V1 | 1.53 | 2 |' in done.stdout                  # 81, 82 and 84
+    assert '| published | 1 | 81.00 |' in done.stdout
 
 
 def test_finished_runs_are_not_repeated_even_without_their_folders(tmp_path, scripts):
@@ -271,6 +222,70 @@ def test_an_interrupted_run_has_time_to_save_its_checkpoint(monkeypatch):
     assert started[0].returncode == 7
 
 
+# ---------------------------------------------------------------------------------------------------
+# Ranking by the supernets
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Replaces the evaluation inside a supernet; returns the list of (folder, data, images, genotype)."""
+    calls = []
+
+    class FinishedSearch:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def evaluate(self, genotype):
+            calls.append((*self.arguments, genotype))
+            return {'loss': 2.0 - len(calls) / 100, 'top1': 0.5 + len(calls) / 100}
+    monkeypatch.setattr(compare_genotypes.supernet_ranking, 'FinishedSearch', FinishedSearch)
+    monkeypatch.setattr(compare_genotypes.supernet_ranking, 'last_checkpoint', lambda folder: folder)
+    return calls
+
+
+def test_all_genotypes_are_ranked_by_each_supernet_once(tmp_path, scripts, evaluations):
+    ranked = [*METHODS, '--supernet_ranking', '--ranking_images', 100]
+    assert compare(tmp_path, *METHODS).returncode == 0
+    assert not evaluations                                              # only with the flag, and not too late for it
+    done = compare(tmp_path, *ranked)
+    assert done.returncode == 0, done.stderr
+    folders = [str(tmp_path / f'search_{name}') for name in ('first_0', 'first_1', 'second_0', 'second_1')]
+    expected = [*(genotypes.draw(DARTS_SPACE, seed) for seed in (100, 101, 100, 101)), genotypes.DARTS_V1,
+                *(genotypes.draw(DARTS_SPACE, seed) for seed in (0, 1))]
+    assert evaluations == [(folder, None, 100, genotype) for folder in folders for genotype in expected]
+    lines = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+    line = [line for line in lines if line['kind'] == 'supernet'][11]
+    assert (line['name'], line['seed'], line['genotype_name'], line['loss'], line['top1']) == (
+        'first', 1, 'DARTS_V1', 1.88, 0.62)
+    assert genotypes.check(line['genotype']) == genotypes.DARTS_V1 and line['settings']['ranking_images'] == 100
+    # All trainings had the same accuracy.
+    for number, line in enumerate(lines):
+        line.update({'accuracy': [number / 100]} if line['kind'] == 'train' else {})
+    (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    again = compare(tmp_path, *ranked)
+    assert again.returncode == 0 and len(evaluations) == 4 * 7
+    table = [line for line in again.stdout.splitlines() if line.startswith(('| second_1 |', '| mean of first |'))]
+    assert [line.split(' | ')[:4] for line in table] == [['| second_1', 'all', '7', '+1.00 (0)'],
+                                                         ['| mean of first', 'all', '7', '+1.00']]
+    again = compare(tmp_path, *ranked, '--random', 3)
+    assert again.returncode == 0 and len(evaluations) == 4 * 8          # of the third random genotype only
+    assert evaluations[-1][-1] == genotypes.draw(DARTS_SPACE, 2)
+    runs.assert_one_line(compare(tmp_path, *ranked[:-1], 200), 'with another ranking_images')
+
+
+def test_genotypes_outside_of_the_space_are_not_ranked(tmp_path, scripts, evaluations):
+    done = compare(tmp_path, '--supernet_ranking', '--genotypes', 'AmoebaNet', '--random', 0)
+    assert 'AmoebaNet is not ranked by the supernets: its normal cell does not have 4 nodes' in done.stdout
+    assert len(evaluations) == 2 * 2
+
+
+def test_a_search_without_its_folder_is_found_before_the_trainings(tmp_path, scripts):
+    assert compare(tmp_path / 'first', '--random', 0, '--genotypes').returncode == 0
+    count = len(scripts)
+    done = compare(tmp_path / 'second', '--results', tmp_path / 'first' / 'results.jsonl', '--supernet_ranking')
+    runs.assert_one_line(done, 'search_second_0 has none: restore the folder, or leave out --supernet_ranking')
+    assert len(scripts) == count
+
+
 def test_custom_data_are_settings_of_a_run(tmp_path, scripts):
     flags = ['--dataset', 'npz', '--search_seeds', '--data']
     assert compare(tmp_path, *flags, 'a/one.npz').returncode == 0
@@ -293,6 +308,8 @@ def test_a_run_that_fails(tmp_path, monkeypatch):
     ('--search a= --search "b=--random"', 'b: --random is equal'), ('--search a= --search a=', 'the same name'),
     ('--search a= --search "b=--unroled False"', 'did you mean --unrolled?'),
     ('--search "pc=--recipe pc_darts"', '--arch_start_epoch 15: alpha would never be updated in 5 epochs'),
+    ('--supernet_ranking --primitives skip_connect,sep_conv_3x3', 'the primitive none'),
+    ('--supernet_ranking --search_seeds', '--supernet_ranking needs searches'),
     ('--search_seeds --random_of_size 1', '--random_of_size needs searches'),
     ('--search_seeds --random 0 --genotypes', 'nothing to compare')])
 def test_mistakes_on_the_command_line(tmp_path, scripts, flags, reason):
@@ -339,8 +356,9 @@ def test_real_runs(tmp_path, monkeypatch):
              'pc=--recipe pc_darts --partial_channels 2 --arch_start_epoch 0', '--genotypes', 'DARTS_PADDLE']
     for kind in ('search', 'train'):
         flags += [f'--{kind}_channels', 2, f'--{kind}_layers', 3, f'--{kind}_epochs', 1, f'--{kind}_batch_size', 64]
-    done = runs.run_in_process(SCRIPT, *flags)
+    done = runs.run_in_process(SCRIPT, *flags, '--supernet_ranking')
     assert done.returncode == 0, done.stderr
+    assert '| pc_0 | all | 3 | ' in done.stdout
     names = ['pc_0', 'DARTS_PADDLE', 'random_0']
     assert started == ['train_search.py'] + ['train.py'] * len(names)
     result = (tmp_path / 'results.md').read_text()
@@ -349,5 +367,5 @@ def test_real_runs(tmp_path, monkeypatch):
     for name, line in zip(names, result.splitlines()[6:]):
         last = runs.history(tmp_path / f'train_{name}_0')[-1]
         assert f"| {name} | 0 | {100 * last['test_top1']:.2f} | " in line
-    again = runs.run_in_process(SCRIPT, *flags)
+    again = runs.run_in_process(SCRIPT, *flags, '--supernet_ranking')
     assert again.stdout.endswith(result + '\n') and len(started) == 4

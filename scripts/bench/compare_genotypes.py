@@ -5,11 +5,15 @@
     python scripts/bench/compare_genotypes.py --search second= --search "first=--unrolled False" --paired second:first
     python scripts/bench/compare_genotypes.py --search "pc=--recipe pc_darts --arch_start_epoch 1" --random_of_size 6
     python scripts/bench/compare_genotypes.py --search_seeds --random 6 --compare published:random    # no search
+    python scripts/bench/compare_genotypes.py --search_seeds --random 0 --genotypes DARTS_V2 --train_seeds 0 1 2 3 4
+
+The last command measures the noise: the spread over training seeds, which later tables of the same --results state.
 
 A method is a name and flags of train_search.py. All searches have the same size, epochs, batch and data otherwise, also
 those of a --recipe, and a table states the images that each has seen. All trainings have the same settings. Every run
 has a folder in --out and is resumed there. A finished run is one line of JSON in --results and is not repeated, even
-without its folder. The tables are printed and written to results.md.
+without its folder. The tables are printed and written to results.md. --supernet_ranking evaluates all genotypes inside
+the supernet of each search too (supernet_ranking.py).
 """
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
@@ -32,8 +37,9 @@ import utils
 import genotypes
 import operations
 import report
+import supernet_ranking
 from genotypes import Genotype, SearchSpace
-from results import Results
+from results import OF_SIZE_FIRST_SEED, Results, row_of
 from utils import UserError
 
 PUBLISHED = ['DARTS_PADDLE', 'DARTS_V2']
@@ -41,7 +47,6 @@ PUBLISHED = ['DARTS_PADDLE', 'DARTS_V2']
 COMMON_FLAGS = {'--epochs', '--init_channels', '--layers', '--seed', '--dataset', '--data', '--model_save_dir',
                 '--resume', '--primitives', '--nodes', '--random'}
 OF_SIZE_TOLERANCE = 0.05         # of --random_of_size, relative to the mean number of weights of the searched genotypes
-OF_SIZE_FIRST_SEED = 1000        # so that its draws are not those of --random
 OF_SIZE_DRAWS = 200_000          # limit, minutes; a searched genotype may be larger than 99.9 % of the draws
 
 
@@ -100,10 +105,13 @@ def space_of(args) -> SearchSpace:
     return SearchSpace(args.primitives, args.nodes)
 
 
+def search_settings(args, flags: list[str]) -> dict:
+    return {**data_of(args), **sizes_of(args, 'search'), 'space': space_of(args).as_dict(), 'flags': flags}
+
+
 def search(args, results: Results, method: str, flags: list[str], seed: int) -> dict:
     """Returns the line of the search of a method with a seed."""
-    space = space_of(args)
-    settings = {**data_of(args), **sizes_of(args, 'search'), 'space': space.as_dict(), 'flags': flags}
+    space, settings = space_of(args), search_settings(args, flags)
     line = results.find('search', method, seed, settings)
     if not line:
         lines = run(args, 'search', method, seed,
@@ -119,14 +127,19 @@ def search(args, results: Results, method: str, flags: list[str], seed: int) -> 
         line = results.add({
             'kind': 'search', 'name': method, 'seed': seed, 'settings': settings,
             'genotype': genotypes.load(path)._asdict(), 'seconds': sum(each['seconds'] for each in lines),
+            'mixing': {key: value for key, value in lines[-1].items() if key.startswith(('alphas_', 'betas_'))},
             'images': images * len(lines), 'alpha_images': images * max(0, len(lines) - of_method.arch_start_epoch),
             'history': [{key: each[key] for key in kept if key in each} for each in lines]})
     return line
 
 
+def train_settings(args) -> dict:
+    return {**data_of(args), **sizes_of(args, 'train')}
+
+
 def train(args, results: Results, group: str, name: str, genotype: Genotype, seed: int) -> dict:
     """Trains a genotype; returns its row of the table."""
-    settings = {**data_of(args), **sizes_of(args, 'train')}
+    settings = train_settings(args)
     line = results.find('train', name, seed, settings, genotype)
     if not line:
         lines = run(args, 'train', name, seed, ['--arch', genotypes.dumps(genotype), '--auxiliary', 'False',
@@ -138,8 +151,33 @@ def train(args, results: Results, group: str, name: str, genotype: Genotype, see
             'kind': 'train', 'name': name, 'seed': seed, 'settings': settings, 'genotype': genotype._asdict(),
             'seconds': sum(each['seconds'] for each in lines), 'accuracy': [each['test_top1'] for each in lines],
             'weights': weights, 'multiply_adds': multiply_adds})
-    return dict(group=group, name=name, seed=seed, top1=100 * line['accuracy'][-1], weights=line['weights'],
-                multiply_adds=line['multiply_adds'])
+    return row_of(line, group)
+
+
+def rank(args, results: Results, line: dict, known: dict[str, Genotype], only_check: bool = False) -> None:
+    """Evaluates genotypes inside the supernet of a search, those that have no line yet; line: of the search.
+
+    known: {name: genotype}; those outside of the search space are left out. only_check: only raises the UserError for
+    a search without a checkpoint.
+    """
+    name, seed = line['name'], line['seed']
+    folder, finished = folder_of(args, 'search', name, seed), None
+    settings = {**search_settings(args, args.search[name]), 'ranking_images': args.ranking_images}
+    for genotype_name, genotype in known.items():
+        if supernet_ranking.why_outside(space_of(args), genotype) or \
+                results.find('supernet', name, seed, settings, genotype, genotype_name):
+            continue
+        if only_check:
+            supernet_ranking.last_checkpoint(folder)
+            return
+        finished = finished or supernet_ranking.FinishedSearch(folder, args.data, args.ranking_images)
+        began = time.time()
+        result = finished.evaluate(genotype)
+        print(f"{genotype_name} in the supernet of {name}_{seed}: loss {result['loss']:.4f}, top-1 "
+              f"{100 * result['top1']:.2f} %", flush=True)
+        results.add({'kind': 'supernet', 'name': name, 'seed': seed, 'settings': settings,
+                     'genotype': genotype._asdict(), 'genotype_name': genotype_name,
+                     'seconds': round(time.time() - began, 3), **result})
 
 
 def load_genotypes(args) -> dict[str, Genotype]:
@@ -211,7 +249,7 @@ def method(text: str) -> tuple[str, list[str]]:
     if not found or not re.fullmatch('[A-Za-z0-9-]+', name):
         raise ArgumentTypeError(f"{text!r} is not NAME=FLAGS, such as first='--unrolled False', with a name of "
                                 "letters, digits and hyphens")
-    if name in ('published', 'random', 'random-of-size'):
+    if name in ('published', *report.RANDOM_GROUPS, report.SEARCHED):
         raise ArgumentTypeError(f"{name} is the name of another group: give the method another one")
     try:
         flags = shlex.split(flags)
@@ -248,11 +286,17 @@ def parse_args(argv: list[str] | None = None):
         help='a method: a name, and its flags of train_search.py (second=, the second order)')
     add('--genotypes', nargs='*', default=PUBLISHED, metavar='ARCH',
         help=f"genotypes to train, names or files as of train.py --arch ({' '.join(PUBLISHED)})")
-    add('--random', type=utils.number(int, 0), default=4, help='number of random genotypes (%(default)s)')
+    add('--random', type=utils.number(int, 0, OF_SIZE_FIRST_SEED), default=4,
+        help='number of random genotypes (%(default)s)')
     add('--random_of_size', type=utils.number(int, 0), default=0,
         help='number of random genotypes with as many weights as the searched ones (%(default)s)')
+    add('--supernet_ranking', type=utils.boolean, default=False,
+        help='evaluate all genotypes inside the supernet of each search too (%(default)s)')
+    add('--ranking_images', type=utils.number(int, 2), metavar='N',
+        help='number of validation images of the search for --supernet_ranking; C 4, 5 cells: 2 ms each on two cores '
+             '(all)')
     add('--compare', type=two_groups, action='append', metavar='A:B',
-        help="groups for Welch's test (every method with random)")
+        help="groups for Welch's test (every method, and searched, with random and random-of-size)")
     add('--paired', type=two_groups, action='append', default=[], metavar='A:B',
         help='methods for a paired test, by the seed of the search')
     operations.add_arguments(parser)
@@ -267,16 +311,20 @@ def parse_args(argv: list[str] | None = None):
     for kind in ('search_seeds', 'train_seeds'):                       # a seed twice is one run
         setattr(args, kind, list(dict.fromkeys(getattr(args, kind))))
     args.results = args.results or os.path.join(args.out, 'results.jsonl')
-    groups = [*args.search, *['published'] * bool(args.genotypes), *['random'] * bool(args.random),
-              *['random-of-size'] * bool(args.random_of_size)]
+    groups = [*args.search, *[report.SEARCHED] * (len(args.search) > 1), *['published'] * bool(args.genotypes),
+              *['random'] * bool(args.random), *['random-of-size'] * bool(args.random_of_size)]
     if args.search and len(args.search) < len(given):
         parser.error("--search: two methods have the same name: give each its own")
     if not groups or args.random_of_size and not args.search:
         parser.error("--random_of_size needs searches: give --search_seeds" if groups else "nothing to compare")
+    if args.supernet_ranking:
+        if not args.search:
+            parser.error("--supernet_ranking needs searches: give --search_seeds")
+        supernet_ranking.check_space(space_of(args))
     for flags in args.search.values():
         search_arguments(args, flags)
     if args.compare is None:
-        args.compare = [(name, 'random') for name in args.search if 'random' in groups]
+        args.compare = report.default_tests(args.search, groups)
     for flag, choices in (('compare', groups), ('paired', list(args.search))):
         for name in itertools.chain(*getattr(args, flag)):
             if name not in choices:
@@ -301,10 +349,25 @@ def main() -> None:
     groups['published'] = known
     groups['random'] = {f'random_{seed}': genotypes.draw(space_of(args), seed) for seed in range(args.random)}
     groups['random-of-size'] = draw_of_size(args, searched) if args.random_of_size else {}
+    everything = {name: genotype for found in groups.values() for name, genotype in found.items()}
+    if args.supernet_ranking:
+        for name, genotype in everything.items():
+            reason = supernet_ranking.why_outside(space_of(args), genotype)
+            if reason:
+                print(f"{name} is not ranked by the supernets: {reason}", flush=True)
+        for line in searches:                          # an error before the trainings, which take hours
+            rank(args, results, line, everything, only_check=True)
     rows = [train(args, results, group, name, genotype, seed) for seed in args.train_seeds
             for group, found in groups.items() for name, genotype in found.items()]
-    tables = (report.method_table(searches), report.run_table(rows), report.group_table(rows),
-              report.test_table(rows, args.compare, args.paired))
+    for line in searches if args.supernet_ranking else ():
+        rank(args, results, line, everything)
+    runs = [row_of(line, '') for line in results.lines
+            if line['kind'] == 'train' and line['settings'] == train_settings(args)]
+    grouped = report.with_searched(rows, args.search)
+    tables = (report.method_table(searches), report.run_table(rows), report.group_table(grouped),
+              report.test_table(grouped, args.compare, args.paired), report.correlation_table(rows),
+              report.noise_table(grouped, runs), supernet_ranking.ranking_table(searches, rows, [
+                  line for line in results.lines if line['kind'] == 'supernet']))
     text = '\n\n'.join('\n'.join(lines) for lines in tables if lines) + '\n'
     utils.write_file(os.path.join(args.out, 'results.md'), text)
     print(text)
