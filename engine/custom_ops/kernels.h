@@ -354,13 +354,15 @@ inline int64_t correlate_rows(const Geometry& g, const T* in, const Taps<K>& tap
   for (; q + ROWS <= count; q += ROWS) {
     int64_t c = 0;
     for (; c + COLUMNS * L <= g.out_row; c += COLUMNS * L)
-      correlate_tile<T, L, K, RATIO, ADD, ROWS, COLUMNS>(in + q * in_row + c, taps, weight, out + q * out_row + c, out_row);
+      correlate_tile<T, L, K, RATIO, ADD, ROWS, COLUMNS>(in + q * in_row + c, taps, weight, out + q * out_row + c,
+                                                         out_row);
     for (; c < g.out_row; c += L)
       correlate_tile<T, L, K, RATIO, ADD, ROWS, 1>(in + q * in_row + c, taps, weight, out + q * out_row + c, out_row);
   }
   return q;
 }
 
+// As `correlate`, for taps of this ratio; ADD: adds to `out`.
 template <typename T, int L, int K, int RATIO, bool ADD>
 void correlate_chains(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, T* out) {
   for (int64_t p = 0; p < taps.chains; ++p, in += taps.output_row, out += g.out_row) {

@@ -183,9 +183,9 @@ def ranking(experiment: Experiment) -> list[str]:
 
 def ranking_means(experiment: Experiment) -> list[str]:
     """Returns the table of the means over the searches of each method; [] without a method of several searches."""
-    head, lines = ranking(experiment)[:2], ranking(experiment)[2:]
+    lines = ranking(experiment)
     means = [line for line in lines if line.startswith('| mean of ')]
-    return head + means if means else []
+    return lines[:2] + means if means else []
 
 
 def grouped(experiment: Experiment) -> list[dict]:
