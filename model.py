@@ -17,11 +17,11 @@ import paddle.nn.functional as F
 
 from engine import custom_ops
 from engine.network import Evaluation, FlatNetwork
-from engine.parameters import FlatParameters
+from engine.parameters import FlatParameters, ParameterGroup
 from engine.programs import StaticProgram
 from genotypes import Genotype
-from operations import (BN_EPSILON, BN_MOMENTUM, OPERATIONS, BatchNorm, conv, drop_path_masks, linear, mean_of_planes,
-                        not_compiled, operation, preprocess)
+from operations import (BN_EPSILON, BN_MOMENTUM, OPERATIONS, BatchNorm, Stem, conv, drop_path_masks, linear,
+                        mean_of_planes, not_compiled, operation, preprocess)
 from utils import UserError
 
 AUXILIARY = 'auxiliary_head.'               # prefix of the names of its weights
@@ -112,10 +112,19 @@ class AuxiliaryHead:
         size = x.shape[2]
         kernel = min(math.ceil(5 * size / 8), size - 1)
         x = F.avg_pool2d(F.relu(x), kernel, size - kernel, 0)               # [N, C, 2, 2]
-        x = F.relu(self.reduce_norm(conv(x, self.reduce)))
-        x = conv(x, self.expand)                                            # [N, 768, 1, 1]
+        # Both convolutions as products: Paddle's convolutions of few places take several times as long on the CPU.
+        x = paddle.reshape(paddle.transpose(x, [0, 2, 3, 1]), [-1, x.shape[1]])                 # [4 N, C]
+        x = F.relu(self.reduce_norm(self._product(x, self.reduce, 4)))
+        x = paddle.transpose(paddle.reshape(x, [-1, 4, self.reduce.rows]), [0, 2, 1])           # [N, 128, 4]
+        x = self._product(paddle.flatten(x, 1), self.expand, 1)                                    # [N, 768]
         x = F.relu(self.expand_norm(x) if self.expand_norm else x)
-        return linear(paddle.flatten(x, 1), self.classifier, self.classifier_bias)
+        return linear(x, self.classifier, self.classifier_bias)
+
+    @staticmethod
+    def _product(x, weight: ParameterGroup, places: int):
+        """Returns a convolution at some places per image; x: [all places, numbers that a kernel reads]."""
+        weight.positions += places
+        return paddle.matmul(x, paddle.reshape(weight.tensor, [weight.rows, -1]), transpose_y=True)
 
 
 class Network(FlatNetwork):
@@ -308,12 +317,11 @@ class NetworkCIFAR(Network):
 
     def _declare_stem(self, channels: int) -> tuple[int, int, bool]:
         """Declares the stem; returns the channels of s0 and s1, and whether the first cell has to reduce s0."""
-        self.stem = self.layout.declare(['stem.0.weight'], [3 * channels, 3, 3, 3])
-        self.stem_norm = BatchNorm(self.layout, ['stem.1'], 3 * channels, affine=True)
+        self.stem = Stem(self.layout, 3 * channels)
         return 3 * channels, 3 * channels, False
 
     def _stem(self, images):
-        x = self.stem_norm(conv(images, self.stem, padding=1))
+        x = self.stem(images, custom_ops.enabled())
         return x, x
 
 

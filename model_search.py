@@ -54,7 +54,7 @@ from engine.network import Evaluation, FlatNetwork
 from engine.parameters import ArrangedTable, FlatParameters
 from engine.programs import StaticProgram
 from genotypes import DARTS_SPACE, Genotype, SearchSpace, derive
-from operations import (BN_EPSILON, OPERATIONS, BatchNorm, FactorizedReduce, ReLUConvBN, States, batch_norm,
+from operations import (BN_EPSILON, OPERATIONS, FactorizedReduce, ReLUConvBN, States, Stem, batch_norm,
                         check_known, conv, linear, mean_of_planes, not_compiled)
 from utils import UserError
 
@@ -318,8 +318,7 @@ class Supernet(FlatNetwork):
         self.mixing = [ArrangedTable(space.edges, columns) for _ in CELL_KINDS]      # cells of a kind share one
         self.compiled = build_programs and custom_ops.enabled_for(not_compiled(space.primitives))
         c_prev_prev = c_prev = 3 * channels
-        self.stem = self.layout.declare(['stem.0.weight'], [c_prev, 3, 3, 3])
-        self.stem_norm = BatchNorm(self.layout, ['stem.1'], c_prev, affine=True)
+        self.stem = Stem(self.layout, c_prev)
         self.cells, reduction_prev = [], False
         for i in range(layers):
             reduction = i in (layers // 3, 2 * layers // 3)
@@ -374,7 +373,7 @@ class Supernet(FlatNetwork):
             for kind, mixing, table in zip(CELL_KINDS, self.mixing, tables):
                 mixing.unpack(table, self.store.variable(f'permutation_{kind}'))
             tables = [None, None]          # self.mixing holds them
-        s0 = s1 = self.stem_norm(conv(images, self.stem, padding=1))
+        s0 = s1 = self.stem(images, self.compiled, weight_gradients)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, tables[cell.reduction], weight_gradients)
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias)

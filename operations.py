@@ -20,6 +20,7 @@ import paddle
 import paddle.nn.functional as F
 
 import utils
+from engine import custom_ops
 from engine.parameters import FlatParameters, ParameterGroup
 from engine.programs import constant
 from genotypes import DARTS_SPACE, NONE, SearchSpace
@@ -120,6 +121,31 @@ class BatchNorm:
         if self.scale is not None:
             return batch_norm(x, self.scale.tensor, self.shift.tensor)
         return batch_norm(x, scale)
+
+
+class Stem:
+    """Convolution 3 x 3 of the images, BN: the input of the first cell, except for ImageNet."""
+
+    def __init__(self, layout: FlatParameters, channels: int):
+        self.layout = layout
+        self.weight = layout.declare(['stem.0.weight'], [channels, 3, 3, 3])
+        self.norm = BatchNorm(layout, ['stem.1'], channels, affine=True)
+
+    def __call__(self, images, compiled: bool, weight_gradients: bool = True):
+        """compiled: whether as one compiled operator, for which weight_gradients=False leaves the gradients of the
+        weights 0.
+        """
+        if not compiled:
+            return self.norm(conv(images, self.weight, padding=1))
+        norm = self.norm
+        running = (norm.mean.tensor, norm.variance.tensor) if self.layout.statistics else (
+            constant([self.weight.rows], value, norm.scale.tensor.dtype) for value in (0.0, 1.0))
+        x, *running = custom_ops.stem(images, self.weight.tensor, norm.scale.tensor, norm.shift.tensor, *running,
+                                      self.layout.training, weight_gradients, BN_EPSILON, BN_MOMENTUM)
+        if self.layout.statistics:
+            norm.mean.tensor, norm.variance.tensor = running
+        self.weight.positions += x.shape[2] * x.shape[3]
+        return x
 
 
 class ReLUConvBN:

@@ -159,7 +159,8 @@ def test_the_phases_are_percentages_of_all_threads(compiled, task, settings):
     percent = side.answer['percent']
     assert {'pad', 'depthwise', 'pointwise', 'normalisation', "Paddle's own operators", 'host'} <= set(percent)
     assert sum(percent.values()) == pytest.approx(100)
-    assert all(-5 < value < 100 for value in percent.values()) and percent['depthwise'] > 1
+    # The host has the rest. It can be negative: Paddle's own operators are timed in other steps than the phases.
+    assert all(0 <= value < 100 for phase, value in percent.items() if phase != 'host') and percent['depthwise'] > 1
 
 
 def test_phases_of_a_library_without_them_are_an_error(monkeypatch):

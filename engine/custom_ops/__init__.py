@@ -26,7 +26,8 @@ from engine.console import Elapsed
 log = logging.getLogger('darts')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES = [os.path.join(HERE, name) for name in ('discrete_cell.cc', 'mixed_cell.cc', 'preprocessing.cc')]
+SOURCES = [os.path.join(HERE, name) for name in (
+    'discrete_cell.cc', 'mixed_cell.cc', 'preprocessing.cc', 'outside_cells.cc')]
 HEADERS = [os.path.join(HERE, name) for name in ('kernels.h', 'cells.h', 'search_space.h')]
 DIGEST_SIZE = hashlib.sha256().digest_size
 # -g0: Python's own flags contain -g, and information for a debugger takes a third of the time of compilation.
@@ -113,6 +114,31 @@ def preprocessing(s0, s1, weights, weight_gradients: bool, epsilon: float):
     """
     return _add_operator('darts_preprocessing', {'Inputs@VECTOR': [s0, s1, *weights]}, ['Out', 'Statistics'],
                          {'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+
+
+def stem(images, weight, scale, shift, mean, variance, training: bool, weight_gradients: bool, epsilon: float,
+         momentum: float) -> tuple:
+    """Adds a stem as one operator: 3 x 3 convolution, batch normalisation.
+
+    images [N, C0, H, W], without a gradient; weight [C, C0, 3, 3]; scale, shift, mean, variance [C], the last two the
+    running statistics; training, epsilon, momentum: as of `discrete_cell`; weight_gradients: as of `mixed_cell`.
+    Returns the output [N, C, H, W] and the running mean and variance.
+    """
+    out, _, _, mean, variance = _add_operator('darts_stem', {
+        'Images': images, 'Weight': weight, 'Scale': scale, 'Shift': shift, 'Mean': mean, 'Variance': variance},
+        ['Out', 'Saved', 'Statistics', 'NewMean', 'NewVariance'],
+        {'training': training, 'weight_gradients': weight_gradients, 'epsilon': epsilon, 'momentum': momentum})
+    return out, mean, variance
+
+
+def momentum_step(weights, velocity, gradient, numbers: list) -> list:
+    """Adds a step of optimizers.MomentumSGD as one operator.
+
+    weights, velocity, gradient: vectors; numbers: momentum, weight decay, rate and, or none, the limit of the norm of
+    the gradient, [1] each. Returns the new weights and velocity.
+    """
+    return _add_operator('darts_momentum_step', {'Weights': weights, 'Velocity': velocity, 'Gradient': gradient,
+                                                 'Numbers@VECTOR': numbers}, ['NewWeights', 'NewVelocity'], {})
 
 
 def _add_operator(operator: str, inputs: dict, outputs: list[str], attributes: dict) -> list:
