@@ -21,27 +21,27 @@ class MomentumSGD:
         store.set_number('lr', 0.0)
         self._step = StaticProgram(store, self._build)
 
-    def rule(self, w, v, g, lr, clip: bool = False) -> tuple:
+    def rule(self, w, v, g, lr, limit=None) -> tuple:
         """Returns (w', v'), variables of the program under construction, from weights, velocity, gradient and rate.
 
-        clip: whether to clip g first.
+        limit: None, or the norm [1] that g is clipped to first.
 
             v' = momentum * v + (g + weight_decay * w)
             w' = w - lr * v'
 
         The virtual step of the architect is the same rule without clipping.
         """
-        mu, weight_decay, limit = map(self.store.scalar, (self.momentum, self.weight_decay, self.grad_clip))
+        mu, weight_decay = self.store.scalar(self.momentum), self.store.scalar(self.weight_decay)
         if custom_ops.enabled():
-            return custom_ops.momentum_step(w, v, g, [mu, weight_decay, lr] + [limit] * clip)
-        if clip:
+            return custom_ops.momentum_step(w, v, g, [mu, weight_decay, lr] + ([] if limit is None else [limit]))
+        if limit is not None:
             g = g * (limit / paddle.maximum(global_norm(g), limit))
         v = mu * v + (g + weight_decay * w)
         return w - lr * v, v
 
     def _build(self) -> list:
         w, v, g, lr = map(self.store.variable, ('theta', 'velocity', 'gradient', 'lr'))
-        w, v = self.rule(w, v, g, lr, clip=True)
+        w, v = self.rule(w, v, g, lr, self.store.scalar(self.grad_clip))
         self.store.assign('velocity', v)
         self.store.assign('theta', w)
         return []

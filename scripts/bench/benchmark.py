@@ -202,7 +202,8 @@ def main() -> None:
         sides.ENVIRONMENT.update(sides.AVX2, CXXFLAGS=' '.join(
             filter(None, (sides.ENVIRONMENT.get('CXXFLAGS'), sides.AVX2['CXXFLAGS']))))
     parts = args.parts or list(PARTS)
-    result = {**record.describe(parts, args.rounds), 'rows': []}
+    sizes = {'sizes': ['x'.join(map(str, each)) for each in args.sizes]} if args.sizes else {}
+    result = {**record.describe(parts, args.rounds), **sizes, 'rows': []}
     if args.save:
         record.save(args.save, result)            # an error before the measurement, which takes long
     for name in parts:

@@ -75,12 +75,13 @@ def caption(result: dict) -> str:
         ('paddle', 'PaddlePaddle'), ('torch', 'PyTorch')) if versions.get(name))
     commit, dirty, _ = (result.get('commit') or 'unknown').partition('-dirty')
     flags = ' --avx2' * (machine['environment'].get('ATEN_CPU_CAPABILITY') == 'avx2')
+    sizes = ''.join(f' {word}' for word in ['--sizes', *result['sizes']]) if 'sizes' in result else ''
     settings = [f'{name}={value}' for name, value in machine['environment'].items()] if not flags else []
     cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
     parts = [f"median of {result['rounds']} rounds (lowest–highest)", machine['processor'],
              cores, machine['vectors'], f"load {machine['load']:.1f} at the start", *settings,
              packages, f"commit {commit[:7]}" + (' with changes' if dirty else ''), result['date'][:10],
-             f"`python scripts/bench/benchmark.py {' '.join(result['parts'])}{flags}`"]
+             f"`python scripts/bench/benchmark.py {' '.join(result['parts'])}{flags}{sizes}`"]
     return ', '.join(filter(None, parts))
 
 
