@@ -286,6 +286,25 @@ def test_a_search_without_its_folder_is_found_before_the_trainings(tmp_path, scr
     assert len(scripts) == count
 
 
+def test_searches_without_trainings_give_their_table_only(tmp_path, scripts):
+    done = compare(tmp_path, *METHODS, '--train_seeds')
+    assert done.returncode == 0 and not any(path.name.startswith('train_') for path in tmp_path.iterdir())
+    assert '| second' in done.stdout and 'random' not in done.stdout
+
+
+def test_a_lost_checkpoint_leaves_out_new_genotypes_only(tmp_path, scripts, evaluations, monkeypatch):
+    ranked = ['--supernet_ranking', '--genotypes', 'DARTS_V1', '--random']
+    assert compare(tmp_path, *ranked, 0).returncode == 0
+    count = len(evaluations)
+
+    def lost(folder):
+        raise compare_genotypes.UserError('it is lost')
+    monkeypatch.setattr(compare_genotypes.supernet_ranking, 'last_checkpoint', lost)
+    done = compare(tmp_path, *ranked, 1)
+    assert done.returncode == 0 and len(evaluations) == count
+    assert 'search_second_1: not ranked by this supernet: random_0 (it is lost)' in done.stdout
+
+
 def test_custom_data_are_settings_of_a_run(tmp_path, scripts):
     flags = ['--dataset', 'npz', '--search_seeds', '--data']
     assert compare(tmp_path, *flags, 'a/one.npz').returncode == 0

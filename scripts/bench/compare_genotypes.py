@@ -5,6 +5,7 @@
     python scripts/bench/compare_genotypes.py --search second= --search "first=--unrolled False" --paired second:first
     python scripts/bench/compare_genotypes.py --search "pc=--recipe pc_darts --arch_start_epoch 1" --random_of_size 6
     python scripts/bench/compare_genotypes.py --search_seeds --random 6 --compare published:random    # no search
+    python scripts/bench/compare_genotypes.py --train_seeds                                           # no training
     python scripts/bench/compare_genotypes.py --search_seeds --random 0 --genotypes DARTS_V2 --train_seeds 0 1 2 3 4
 
 The last command measures the noise: the spread over training seeds, which later tables of the same --results state.
@@ -154,23 +155,30 @@ def train(args, results: Results, group: str, name: str, genotype: Genotype, see
     return row_of(line, group)
 
 
-def rank(args, results: Results, line: dict, known: dict[str, Genotype], only_check: bool = False) -> None:
+def rank(args, results: Results, line: dict, known: dict[str, Genotype]) -> None:
     """Evaluates genotypes inside the supernet of a search, those that have no line yet; line: of the search.
 
-    known: {name: genotype}; those outside of the search space are left out. only_check: only raises the UserError for
-    a search without a checkpoint.
+    known: {name: genotype}; those outside of the search space are left out. Raises UserError for a search without a
+    checkpoint that has ranked none of them before.
     """
     name, seed = line['name'], line['seed']
-    folder, finished = folder_of(args, 'search', name, seed), None
+    folder = folder_of(args, 'search', name, seed)
     settings = {**search_settings(args, args.search[name]), 'ranking_images': args.ranking_images}
-    for genotype_name, genotype in known.items():
-        if supernet_ranking.why_outside(space_of(args), genotype) or \
-                results.find('supernet', name, seed, settings, genotype, genotype_name):
-            continue
-        if only_check:
-            supernet_ranking.last_checkpoint(folder)
-            return
-        finished = finished or supernet_ranking.FinishedSearch(folder, args.data, args.ranking_images)
+    inside = {each: genotype for each, genotype in known.items()
+              if not supernet_ranking.why_outside(space_of(args), genotype)}
+    missing = {each: genotype for each, genotype in inside.items()
+               if not results.find('supernet', name, seed, settings, genotype, each)}
+    if not missing:
+        return
+    try:
+        supernet_ranking.last_checkpoint(folder)
+    except UserError as error:
+        if len(missing) == len(inside):
+            raise
+        print(f"{folder}: not ranked by this supernet: {', '.join(missing)} ({error})", flush=True)
+        return
+    finished = supernet_ranking.FinishedSearch(folder, args.data, args.ranking_images)
+    for genotype_name, genotype in missing.items():
         began = time.time()
         result = finished.evaluate(genotype)
         print(f"{genotype_name} in the supernet of {name}_{seed}: loss {result['loss']:.4f}, top-1 "
@@ -301,8 +309,8 @@ def parse_args(argv: list[str] | None = None):
         help='methods for a paired test, by the seed of the search')
     operations.add_arguments(parser)
     for kind, seeds, channels, epochs in (('search', [0, 1], 4, 5), ('train', [0], 8, 3)):
-        add(f'--{kind}_seeds', type=utils.number(int, 0), nargs='*' if kind == 'search' else '+', default=seeds,
-            help=f"{kind}: seeds, one run each{', none: no searches' * (kind == 'search')} (%(default)s)")
+        add(f'--{kind}_seeds', type=utils.number(int, 0), nargs='*', default=seeds,
+            help=f"{kind}: seeds, one run each; none: no {kind} (%(default)s)")
         for name, default in (('channels', channels), ('layers', 5), ('epochs', epochs), ('batch_size', 64)):
             add(f'--{kind}_{name}', type=utils.number(int, 1), default=default, help=f'{kind}: {name} (%(default)s)')
     args = parser.parse_args(argv)
@@ -315,8 +323,10 @@ def parse_args(argv: list[str] | None = None):
               *['random'] * bool(args.random), *['random-of-size'] * bool(args.random_of_size)]
     if args.search and len(args.search) < len(given):
         parser.error("--search: two methods have the same name: give each its own")
-    if not groups or args.random_of_size and not args.search:
-        parser.error("--random_of_size needs searches: give --search_seeds" if groups else "nothing to compare")
+    if not groups or not (args.search or args.train_seeds):
+        parser.error("nothing to compare: give --search_seeds, or genotypes and --train_seeds")
+    if args.random_of_size and not args.search:
+        parser.error("--random_of_size needs searches: give --search_seeds")
     if args.supernet_ranking:
         if not args.search:
             parser.error("--supernet_ranking needs searches: give --search_seeds")
@@ -355,12 +365,13 @@ def main() -> None:
             reason = supernet_ranking.why_outside(space_of(args), genotype)
             if reason:
                 print(f"{name} is not ranked by the supernets: {reason}", flush=True)
-        for line in searches:                          # an error before the trainings, which take hours
-            rank(args, results, line, everything, only_check=True)
+        for line in searches:                          # before the trainings, which take hours
+            rank(args, results, line, everything)
+    if not args.train_seeds:
+        print('\n'.join(report.method_table(searches)))
+        return
     rows = [train(args, results, group, name, genotype, seed) for seed in args.train_seeds
             for group, found in groups.items() for name, genotype in found.items()]
-    for line in searches if args.supernet_ranking else ():
-        rank(args, results, line, everything)
     runs = [row_of(line, '') for line in results.lines
             if line['kind'] == 'train' and line['settings'] == train_settings(args)]
     grouped = report.with_searched(rows, args.search)
