@@ -113,17 +113,17 @@ class AuxiliaryHead:
         kernel = min(math.ceil(5 * size / 8), size - 1)
         x = F.avg_pool2d(F.relu(x), kernel, size - kernel, 0)               # [N, C, 2, 2]
         # Both convolutions as products: Paddle's convolutions of few places take several times as long on the CPU.
-        x = paddle.reshape(paddle.transpose(x, [0, 2, 3, 1]), [-1, x.shape[1]])                 # [4 N, C]
-        x = F.relu(self.reduce_norm(self._product(x, self.reduce, 4)))
+        x = self._product(paddle.reshape(paddle.transpose(x, [0, 2, 3, 1]), [-1, 4, x.shape[1]]), self.reduce)
+        x = F.relu(self.reduce_norm(paddle.reshape(x, [-1, self.reduce.rows])))                 # [4 N, 128]
         x = paddle.transpose(paddle.reshape(x, [-1, 4, self.reduce.rows]), [0, 2, 1])           # [N, 128, 4]
-        x = self._product(paddle.flatten(x, 1), self.expand, 1)                                    # [N, 768]
+        x = self._product(paddle.flatten(x, 1), self.expand)                                    # [N, 768]
         x = F.relu(self.expand_norm(x) if self.expand_norm else x)
         return linear(x, self.classifier, self.classifier_bias)
 
     @staticmethod
-    def _product(x, weight: ParameterGroup, places: int):
-        """Returns a convolution at some places per image; x: [all places, numbers that a kernel reads]."""
-        weight.positions += places
+    def _product(x, weight: ParameterGroup):
+        """Returns a convolution [N, places, out], or [N, out] for one place; x: the numbers that it reads."""
+        weight.positions += math.prod(x.shape[1:-1])
         return paddle.matmul(x, paddle.reshape(weight.tensor, [weight.rows, -1]), transpose_y=True)
 
 

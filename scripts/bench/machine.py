@@ -56,9 +56,10 @@ def multiply_adds(program, differentiated: set[str]) -> int:
         if any(needed):
             dependent.update(results)
         if shapes:
-            # [N, C, H, W] by [out, C / groups, k, k] -> [N, out, H', W'], or [N, features] by [classes, features]
+            # [N, C, H, W] by [out, C / groups, k, k] -> [N, out, H', W'], or [N, ..., features] by [out, features]
             _, weights, result = shapes
-            total += math.prod(weights) * math.prod(result[2:]) * (1 + sum(needed))
+            places = result[2:] if len(weights) == 4 else result[1:-1]
+            total += math.prod(weights) * math.prod(places) * (1 + sum(needed))
     return total
 
 
