@@ -158,6 +158,7 @@ def supernet_gradients(dtype='float32'):
     return {'loss': result.loss, **result.weights, **result.alphas}
 
 
+@pytest.mark.slow
 def test_the_supernet_in_float32_agrees_with_one_and_with_five_threads(tmp_path):
     """Five threads in a new process, which finds the compiled operators in the cache: compiling would be logged."""
     assert os.path.isfile(custom_ops.library_path())

@@ -263,6 +263,7 @@ def names(program):
     return [memory._name(operator).rpartition('.')[2].rstrip('_') for operator in program.program.global_block().ops]
 
 
+@pytest.mark.slow
 def test_no_program_adds_atomically_or_rebuilds_an_array_or_fetches(stores):
     """The gradients of these operators add atomically on GPUs; assign_value is an array in a program."""
     forbidden = ('gather', 'scatter', 'index', 'embedding', 'lookup', 'take_along', 'put_along', 'assign_value')
@@ -272,6 +273,7 @@ def test_no_program_adds_atomically_or_rebuilds_an_array_or_fetches(stores):
         assert sum(bool(program.fetches) for program in store.programs) <= 1         # the mixing weights, for the log
 
 
+@pytest.mark.slow
 def test_a_step_feeds_images_and_labels_once_and_copies_two_numbers(monkeypatch):
     """Of a step of the search: two batches, and the bias correction of Adam."""
     supernet = Supernet(2, 5, 3, image_size=8)
@@ -308,6 +310,7 @@ def test_a_step_feeds_images_and_labels_once_and_copies_two_numbers(monkeypatch)
 
 
 @pytest.mark.skipif(paddle.__version__.startswith('2.'), reason="Paddle 2 finds prepared programs quickly")
+@pytest.mark.slow
 def test_a_prepared_program_is_run_without_looking_it_up(monkeypatch):
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(4, 3, 8, 8)), rng.integers(0, 5, 4)

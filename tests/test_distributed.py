@@ -181,6 +181,7 @@ def test_gradient_and_statistics_of_a_training_are_the_means_of_both_shards(reco
         assert_mean(states[f'0/0/{name}'], shards, least=0.01)
 
 
+@pytest.mark.slow
 def test_second_order_over_two_ranks_is_that_of_the_mean_losses(tmp_path):
     """Steps 1 to 6 in numpy, in float64, with the mean over both shards as every gradient."""
     run_two_well('tests/averaged.py', tmp_path / 'result')

@@ -28,6 +28,7 @@ def test_state_holds_saved_vectors_and_host_state_and_is_restored():
 
 
 @pytest.mark.skipif(paddle.__version__.startswith('2.'), reason="programs of Paddle 2 are not simplified")
+@pytest.mark.slow
 def test_programs_are_not_simplified_where_paddle_lacks_a_function(monkeypatch):
     rng = np.random.default_rng(0)
     batch = rng.normal(size=(4, 3, 8, 8)), rng.integers(0, 5, 4)
