@@ -18,5 +18,6 @@ export LD_LIBRARY_PATH="$libraries:${LD_LIBRARY_PATH:-}"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 export LD_PRELOAD
 tests=("$@")
-[ $# -gt 0 ] || tests=(tests/test_custom_ops.py tests/test_custom_ops_inputs.py tests/test_model_search.py -k "custom_ops or test_custom")
+[ $# -gt 0 ] || tests=(tests/test_custom_ops.py tests/test_custom_ops_inputs.py tests/test_custom_ops_outside.py
+    tests/test_model_search.py -k "custom_ops or test_custom")
 "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
