@@ -61,7 +61,8 @@ class Stem {
     }
   }
 
-  // Adds to the gradients of weight [C, taps], scale and shift [C]; d [N, C, h, w]: gradient of the output.
+  // Adds to the gradient of weight [C, taps], and writes those of scale and shift [C]; d [N, C, h, w]: gradient of the
+  // output.
   void backward(const T* saved, const T* statistics, const T* d, bool training, T* weight_gradient, T* scale_gradient,
                 T* shift_gradient) {
     std::vector<double> sums(n_ * c_ * 2);

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The experiment of the README: does a search find better cells than chance? About ten hours on two quiet cores.
+# The experiment: does a search find better cells than chance? Planned for about ten hours on two quiet cores.
 #
 #   bash scripts/bench/experiment.sh [noise|searches|all] [FLAGS]
 #
 # noise: one genotype, five training seeds. searches: the searches only, and the ranking of the genotypes that are known
 # then. all (default): both, then the trainings and the tables. FLAGS: further flags of compare_genotypes.py.
 #
-# Finished runs are lines of RESULTS (scripts/bench/results/evidence.jsonl) and are not repeated: with the file of the
-# repository it prints the tables within a minute. RESULTS=new.jsonl repeats the experiment. The folders of the runs are
-# in OUT (experiment/); after an interruption the same command continues there. DATA is the folder of Fashion-MNIST.
+# Finished runs are lines of RESULTS (scripts/bench/results/evidence.jsonl) and are not repeated; with a new file, as
+# RESULTS=new.jsonl, all are. The folders of the runs are in OUT (experiment/); after an interruption the same command
+# continues there. DATA is the folder of Fashion-MNIST.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
