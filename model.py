@@ -60,10 +60,15 @@ class Cell:
             [group for group in groups if group.trailing_shape]
             for groups in (layout.groups[first:first_edge], layout.groups[first_edge:]))
 
-    def __call__(self, s0, s1, masks=None):
-        """masks: None, or the factors of drop path [N, edges other than identities, 1, 1]."""
-        compiled = self.compiled and custom_ops.enabled()
-        return (self.as_one_operator if compiled else self.by_operations)(s0, s1, masks)
+    def __call__(self, s0, s1, masks=None, twice: bool = False) -> tuple:
+        """Returns the output twice, for two readers; the second is None unless `twice`.
+
+        masks: None, or the factors of drop path [N, edges other than identities, 1, 1].
+        """
+        if self.compiled and custom_ops.enabled():
+            return self.as_one_operator(s0, s1, masks, twice)
+        x = self.by_operations(s0, s1, masks)
+        return x, x if twice else None
 
     def by_operations(self, s0, s1, masks):
         """Adds the cell to the program operation by operation."""
@@ -80,16 +85,16 @@ class Cell:
                 states[-1] = states[-1] + x
         return paddle.concat([states[i] for i in self.concat], axis=1)
 
-    def as_one_operator(self, s0, s1, masks):
+    def as_one_operator(self, s0, s1, masks, twice: bool) -> tuple:
         """Adds the cell to the program as one compiled operator."""
         # While training, the operator returns the updated running statistics.
-        x, self.running.tensor = custom_ops.discrete_cell(
+        x, again, self.running.tensor = custom_ops.discrete_cell(
             s0, s1, self.running.tensor, masks, [view.tensor for view in self.weights], **self.attributes,
-            training=self.layout.training, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)
+            training=self.layout.training, twice=twice, epsilon=BN_EPSILON, momentum=BN_MOMENTUM)
         for groups, image in ((self.input_kernels, s1), (self.edge_kernels, x)):
             for group in groups:
                 group.positions += image.shape[2] * image.shape[3]
-        return x
+        return x, again
 
 
 class AuxiliaryHead:
@@ -239,9 +244,9 @@ class Network(FlatNetwork):
     def _logits(self, images, masks=None):
         """Returns logits [N, classes], and those of the auxiliary head while training, otherwise None."""
         s0, s1 = self._stem(images)
-        auxiliary_logits = None
+        again, auxiliary_logits = s1, None              # again: s1 for the second cell that reads it
         for i, (cell, mask) in enumerate(zip(self.cells, masks or [None] * len(self.cells))):
-            s0, s1 = s1, cell(s0, s1, mask)
+            s1, again, s0 = *cell(s0, s1, mask, twice=i + 2 < len(self.cells)), again
             if self.auxiliary_head and self.layout.training and i == self.auxiliary_after:
                 auxiliary_logits = self.auxiliary_head(s1)
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias), auxiliary_logits

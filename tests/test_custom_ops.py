@@ -37,11 +37,12 @@ def genotype(*names, states=(0, 1, 0, 2, 2, 3), concat=(3, 4)):
 
 
 def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev=False, training=True, masked=True,
-            dtype='float64', exact=False, nan=False):
+            dtype='float64', exact=False, nan=False, twice=False):
     """Computes a cell of a discrete network with the operator set that is enabled.
 
     exact: computes random inputs of `dtype` in float64; nan: replaces one pixel of the inputs by NaN.
-    Returns {name: array}: the output, the gradients of sum(direction * output), the updated running statistics.
+    Returns {name: array}: the output, the gradients of sum(direction * output), with `twice` of
+    sum(direction * output + direction^2 * second output), the updated running statistics.
     """
     rng = np.random.default_rng(0)
     layout = FlatParameters(running_statistics=True)
@@ -68,8 +69,10 @@ def outcome(genotype, height, width, channels=4, reduction=False, reduction_prev
         differentiated = [theta, variables['s0'], variables['s1']]
         for variable in differentiated:
             variable.stop_gradient = False
-        result = cell(*differentiated[1:], variables['masks'] if masked and any(cell.droppable) else None)
-        gradients = paddle.static.gradients([paddle.sum(result * variables['direction'])], differentiated)
+        result, again = cell(*differentiated[1:], variables['masks'] if masked and any(cell.droppable) else None, twice)
+        direction = variables['direction']
+        total = result * direction if again is None else result * direction + again * direction * direction
+        gradients = paddle.static.gradients([paddle.sum(total)], differentiated)
         store.assign('statistics', layout.statistics.pack())
         # The gradient of an input that no path leads to is None.
         return [result, *(paddle.zeros_like(x) if gradient is None else gradient
@@ -108,7 +111,7 @@ def test_a_cell_of_one_operation_equals_that_of_paddle(name, reduction):
              ((7, 5), (8, 8), (9, 14), (16, 16), (3, 33)))
     for number, (height, width) in enumerate(sizes):
         compare(genotype(name), height, width, (4, 6)[number % 2], reduction, number % 2 == 1, number % 4 != 3,
-                masked=number % 3 != 1)
+                masked=number % 3 != 1, twice=number % 2 == 0)
 
 
 @pytest.mark.parametrize('names, states, concat', [

@@ -85,7 +85,7 @@ def test_different_element_types_in_a_mixed_cell_are_errors(refuses, name):
 
 # A discrete cell of one node with C = 4: sep_conv_3x3 and none.
 CELL = dict(operations=['sep_conv_3x3', 'none'], states=[0, 1], concat=[2], channels=4, reduction=False,
-            reduction_prev=False, training=True, epsilon=1e-5, momentum=0.9)
+            reduction_prev=False, training=True, twice=False, epsilon=1e-5, momentum=0.9)
 CELL_INPUTS = {'x0': (3, 6, 8, 8), 'x1': (3, 5, 8, 8), 'running': (32,), 'masks': (3, 2, 1, 1), 'first': (4, 6, 1, 1),
                'second': (4, 5, 1, 1), 'depthwise': (8, 1, 3, 3), 'pointwise': (8, 4, 1, 1), 'affine': (32,)}
 

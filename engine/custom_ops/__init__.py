@@ -66,7 +66,7 @@ def disabled():
 
 
 def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, channels, reduction, reduction_prev,
-                  training, epsilon, momentum) -> list:
+                  training, twice, epsilon, momentum) -> tuple:
     """Adds a cell of a discrete network as one operator; model.Cell.by_operations adds the same function.
 
     x0 [N, C0, H0, W0], x1 [N, C1, H, W]: outputs of the two cells before (H0 = 2 * H with reduction_prev).
@@ -74,19 +74,21 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
     edges other than identities. weights: a tensor [rows, columns, k, k] for each pair (columns, k), and one [R] with
     scale and shift of each normalisation; rows in the order in which model.Cell declares them. operations: names that
     cells.h knows, two per node; states: the input of each; concat: the states in the output; training: whether to
-    normalise by the batch and update the running statistics.
-    Returns the output [N, len(concat) * channels, H', W'] and the running statistics. Raises ValueError for a height or
-    width that a reduction cell cannot halve.
+    normalise by the batch and update the running statistics; twice: whether to return the output twice.
+    Returns the output [N, len(concat) * channels, H', W'], the same again for a second reader, or None, and the running
+    statistics. With a reader each, the operator adds both gradients itself, in a pass that it needs anyway. Both share
+    memory: no operator may overwrite them. Raises ValueError for a height or width that a reduction cell cannot halve.
     """
     if reduction and (x1.shape[2] % 2 or x1.shape[3] % 2):
         raise ValueError(f"a reduction cell halves height and width, {x1.shape[2]} x {x1.shape[3]} cannot be halved")
-    return _add_operator('darts_discrete_cell', {'Inputs@VECTOR': [x0, x1, *weights], 'Running': running,
-                                                 'Masks': running if masks is None else masks},
-                         ['Out', 'Saved', 'Statistics', 'NewRunning'],
-                         {'operations': list(operations), 'states': list(states), 'concat': list(concat),
-                          'channels': channels, 'reduction': reduction, 'reduction_prev': reduction_prev,
-                          'training': training, 'masked': masks is not None, 'epsilon': epsilon,
-                          'momentum': momentum})[::3]
+    out, _, _, running, again = _add_operator(
+        'darts_discrete_cell', {'Inputs@VECTOR': [x0, x1, *weights], 'Running': running,
+                                'Masks': running if masks is None else masks},
+        ['Out', 'Saved', 'Statistics', 'NewRunning', 'Again'],
+        {'operations': list(operations), 'states': list(states), 'concat': list(concat), 'channels': channels,
+         'reduction': reduction, 'reduction_prev': reduction_prev, 'training': training, 'masked': masks is not None,
+         'twice': twice, 'epsilon': epsilon, 'momentum': momentum})
+    return out, again if twice else None, running
 
 
 def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, partial_channels: int,

@@ -68,6 +68,19 @@ void copy_images(int64_t n, int64_t size, Images<const T> from, bool add, Images
   });
 }
 
+// Computes to = a + b, n images of `size` numbers.
+template <typename T>
+void sum_images(int64_t n, int64_t size, Images<const T> a, Images<const T> b, Images<T> to) {
+#pragma omp parallel num_threads(threads())
+  share(n, 1, [&](int64_t k) {
+    Timed timed(Phase::kSums);
+    const T *left = a.data + k * a.image, *right = b.data + k * b.image;
+    T* target = to.data + k * to.image;
+#pragma omp simd
+    for (int64_t p = 0; p < size; ++p) target[p] = left[p] + right[p];
+  });
+}
+
 template <typename T>
 class Identity : public Operation<T> {
  public:
@@ -489,7 +502,9 @@ class DiscreteCell {
                                      states_[2 + edge / 2]);
   }
 
-  void backward(Mask<T> masks, const T* out, const T* saved, const T* statistics, const T* out_gradient) {
+  // again_gradient: null, or the gradient of the second output, to be added to that of the first.
+  void backward(Mask<T> masks, const T* out, const T* saved, const T* statistics, const T* out_gradient,
+                const T* again_gradient) {
     // The backward pass does not write to these tensors.
     T* at = const_cast<T*>(saved);
     assign_states(const_cast<T*>(out), &at);
@@ -510,7 +525,12 @@ class DiscreteCell {
       gradients.push_back({next, size});
       has_gradient.push_back(position >= 0);
       next += n_ * size;
-      if (position >= 0) copy_images(n_, size, state_in_output(out_gradient, position, size), false, gradients[s]);
+      if (position < 0) continue;
+      const Images<const T> from = state_in_output(out_gradient, position, size);
+      if (again_gradient)
+        sum_images(n_, size, from, state_in_output(again_gradient, position, size), gradients[s]);
+      else
+        copy_images(n_, size, from, false, gradients[s]);
     }
     for (int edge = structure_.operations.size() - 1; edge >= 0; --edge) {
       const int s = structure_.states[edge], node = 2 + edge / 2;
@@ -597,7 +617,7 @@ Shape check_inputs(const Structure& structure, const std::vector<Tensor>& inputs
 std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& running, const Tensor& masks,
                             const std::vector<std::string>& operations, const std::vector<int>& states,
                             const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev,
-                            bool training, bool masked, float epsilon, float momentum) {
+                            bool training, bool masked, bool twice, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
   const Shape shape = check_inputs(structure, inputs, masks, masked, epsilon, momentum);
   check_types({inputs[0], running});
@@ -610,26 +630,31 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& run
     cell.forward(masks_in<data_t>(masks, masked), running.data<data_t>(), out.data<data_t>(), saved.data<data_t>(),
                  statistics.data<data_t>(), new_running.data<data_t>());
   }));
-  return {out, saved, statistics, new_running};
+  return {out, saved, statistics, new_running, twice ? out : empty({1})};
 }
 
 std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& masks, const Tensor& out,
                              const Tensor& saved, const Tensor& statistics, const Tensor& out_gradient,
+                             const Tensor& again_gradient,
                              const std::vector<std::string>& operations, const std::vector<int>& states,
                              const std::vector<int>& concat, int channels, bool reduction, bool reduction_prev,
-                             bool training, bool masked, float epsilon, float momentum) {
+                             bool training, bool masked, bool twice, float epsilon, float momentum) {
   const Structure structure{operations, states, concat, channels, reduction, reduction_prev};
   const Shape shape = check_inputs(structure, inputs, masks, masked, epsilon, momentum);
   check_types({inputs[0], out, saved, statistics, out_gradient});
   check_shape("the output", out, shape);
   check_shape("the gradient of the output", out_gradient, shape);
+  if (twice) {
+    check_types({out, again_gradient});
+    check_shape("the gradient of the second output", again_gradient, shape);
+  }
   std::vector<Tensor> gradients = gradients_of(inputs, 2);
   PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell_grad", ([&] {
     DiscreteCell<data_t> cell(inputs, &gradients, structure, {training, epsilon, momentum});
     check_shape("the tensor of saved results", saved, {cell.saved_size()});
     check_shape("the tensor of statistics", statistics, {cell.normalised_channels(), 2});
     cell.backward(masks_in<data_t>(masks, masked), out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(),
-                  out_gradient.data<data_t>());
+                  out_gradient.data<data_t>(), twice ? again_gradient.data<data_t>() : nullptr);
   }));
   return gradients;
 }
@@ -637,34 +662,34 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ma
 // For wrong inputs it returns unknown sizes: an exception would end the process here. The kernel raises the error.
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const Shape& running, const Shape&,
                               const std::vector<std::string>&, const std::vector<int>&, const std::vector<int>& concat,
-                              int channels, bool reduction, bool, bool, bool, float, float) {
+                              int channels, bool reduction, bool, bool, bool, bool twice, float, float) {
   Shape out{-1, -1, -1, -1};
   if (inputs.size() > 1 && inputs[1].size() == 4) out = out_shape(inputs[1], channels, concat.size(), reduction);
-  return {out, {-1}, {-1, 2}, running};
+  return {out, {-1}, {-1, 2}, running, twice ? out : Shape{1}};
 }
 
 using paddle::DataType;
 std::vector<DataType> InferDtype(const std::vector<DataType>& inputs, const DataType&, const DataType&) {
-  return {inputs[0], inputs[0], inputs[0], inputs[0]};
+  return {inputs[0], inputs[0], inputs[0], inputs[0], inputs[0]};
 }
 
 }  // namespace
 
 #define DARTS_CELL_ATTRIBUTES                                                                                         \
   {"operations: std::vector<std::string>", "states: std::vector<int>", "concat: std::vector<int>", "channels: int",  \
-   "reduction: bool", "reduction_prev: bool", "training: bool", "masked: bool", "epsilon: float", "momentum: float"}
+   "reduction: bool", "reduction_prev: bool", "training: bool", "masked: bool", "twice: bool", "epsilon: float", "momentum: float"}
 
 // Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_discrete_cell)
     .Inputs({paddle::Vec("Inputs"), "Running", "Masks"})
-    .Outputs({"Out", "Saved", "Statistics", "NewRunning"})
+    .Outputs({"Out", "Saved", "Statistics", "NewRunning", "Again"})
     .Attrs(DARTS_CELL_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(Forward))
     .SetInferShapeFn(PD_INFER_SHAPE(InferShape))
     .SetInferDtypeFn(PD_INFER_DTYPE(InferDtype));
 
 PD_BUILD_GRAD_OP(darts_discrete_cell)
-    .Inputs({paddle::Vec("Inputs"), "Masks", "Out", "Saved", "Statistics", paddle::Grad("Out")})
+    .Inputs({paddle::Vec("Inputs"), "Masks", "Out", "Saved", "Statistics", paddle::Grad("Out"), paddle::Grad("Again")})
     .Outputs({paddle::Grad(paddle::Vec("Inputs"))})
     .Attrs(DARTS_CELL_ATTRIBUTES)
     .SetKernelFn(PD_KERNEL(Backward));
