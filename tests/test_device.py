@@ -3,6 +3,7 @@
 No GPU is needed: what a CPU build of Paddle lacks is replaced, and the messages are those that users have reported.
 """
 import contextlib
+import io
 import logging
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import paddle
 import pytest
 
+import engine
 import genotypes
 from architect import Architect
 from engine import device, distributed, memory
@@ -112,6 +114,19 @@ def test_tf32_is_off_unless_the_user_sets_it():
                             capture_output=True, text=True).stdout.strip()
              for values in ({}, {'NVIDIA_TF32_OVERRIDE': '1'})]
     assert found == ['0', '1']
+
+
+@pytest.mark.parametrize('vendor, flags, given, expected', [
+    ('AuthenticAMD', 'sse2 fma avx avx2', None, '5'), ('HygonGenuine', 'fma avx2', '4', '4'),
+    ('AuthenticAMD', 'sse2 avx', None, None), ('GenuineIntel', 'fma avx2', None, None)])
+def test_mkl_is_told_to_use_avx2_where_it_would_not(monkeypatch, vendor, flags, given, expected):
+    processor = f'processor\t: {{}}\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n\n'
+    monkeypatch.setattr(engine, 'open', lambda path: io.StringIO(processor.format(0) + processor.format(1)), False)
+    monkeypatch.setenv('MKL_DEBUG_CPU_TYPE', given or '')
+    if given is None:
+        monkeypatch.delenv('MKL_DEBUG_CPU_TYPE')
+    engine._let_mkl_use_avx2()
+    assert os.environ.get('MKL_DEBUG_CPU_TYPE') == expected
 
 
 # ---------------------------------------------------------------------------------------------------

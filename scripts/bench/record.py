@@ -14,7 +14,7 @@ import utils
 
 FOLDER = os.path.join(ROOT, 'scripts', 'bench', 'results')
 # Of the environment of the sides: what changes the measured times.
-SETTINGS = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'CXX', *AVX2)
+SETTINGS = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'MKL_DEBUG_CPU_TYPE', 'CXX', *AVX2)
 VECTORS = {'avx512f': 'AVX-512', 'avx2': 'AVX2', 'asimd': 'NEON'}
 
 
