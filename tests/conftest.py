@@ -1,10 +1,14 @@
 import contextlib
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
 
 import utils
+
+# Before engine is imported, also by processes of the tests: the compiled operators compute float64 for the tests only.
+os.environ['CXXFLAGS'] = f"{os.environ.get('CXXFLAGS', '')} -DDARTS_FLOAT64".strip()
 
 pytest.register_assert_rewrite('agreement')          # so that a failure shows its numbers
 

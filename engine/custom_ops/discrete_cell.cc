@@ -623,7 +623,7 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const Tensor& run
   check_types({inputs[0], running});
   const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, running.dtype(), running.place()); };
   Tensor out = empty(shape), new_running = empty(running.shape()), saved, statistics;
-  PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell", ([&] {
+  DARTS_DISPATCH(out.type(), "darts_discrete_cell", ([&] {
     DiscreteCell<data_t> cell(inputs, nullptr, structure, {training, epsilon, momentum});
     check_shape("the tensor of running statistics", running, {2 * cell.normalised_channels()});
     saved = empty({cell.saved_size()}), statistics = empty({cell.normalised_channels(), 2});
@@ -649,7 +649,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ma
     check_shape("the gradient of the second output", again_gradient, shape);
   }
   std::vector<Tensor> gradients = gradients_of(inputs, 2);
-  PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_discrete_cell_grad", ([&] {
+  DARTS_DISPATCH(out.type(), "darts_discrete_cell_grad", ([&] {
     DiscreteCell<data_t> cell(inputs, &gradients, structure, {training, epsilon, momentum});
     check_shape("the tensor of saved results", saved, {cell.saved_size()});
     check_shape("the tensor of statistics", statistics, {cell.normalised_channels(), 2});

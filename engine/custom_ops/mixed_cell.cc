@@ -684,7 +684,7 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector
   const int64_t planes = saved_planes(space, x);
   const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, x.dtype(), x.place()); };
   Tensor out = empty(shape), statistics = empty({planes, 2}), saved;
-  PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_mixed_cell", ([&] {
+  DARTS_DISPATCH(x.type(), "darts_mixed_cell", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
       using Cell = MixedCell<data_t, decltype(lanes)::value>;
       Cell cell(space, inputs, nullptr, epsilon);
@@ -707,7 +707,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
   check_shape("the gradient of the output", out_gradient, shape);
   check_shape("the tensor of statistics", statistics, {planes, 2});
   std::vector<Tensor> gradients = gradients_of(inputs, 1);
-  PD_DISPATCH_FLOATING_TYPES(out.type(), "darts_mixed_cell_grad", ([&] {
+  DARTS_DISPATCH(out.type(), "darts_mixed_cell_grad", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
       using Cell = MixedCell<data_t, decltype(lanes)::value>;
       check_shape("the tensor of saved results", saved, {shape[0], planes, Cell::plane_size(shape[2], shape[3])});

@@ -163,7 +163,7 @@ std::vector<Tensor> StemForward(const Tensor& images, const Tensor& weight, cons
   const int64_t channels = weight.shape()[0];
   Tensor out = empty(stem_shape(images.shape(), weight.shape())), saved, statistics = empty({channels, 2});
   Tensor new_mean = empty({channels}), new_variance = empty({channels});
-  PD_DISPATCH_FLOATING_TYPES(images.type(), "darts_stem", ([&] {
+  DARTS_DISPATCH(images.type(), "darts_stem", ([&] {
     saved = empty({Stem<data_t>::saved_size(images.shape(), channels)});
     Stem<data_t>(images, weight, scale)
         .forward(shift.data<data_t>(), mean.data<data_t>(), variance.data<data_t>(), training, epsilon, momentum,
@@ -182,7 +182,7 @@ std::vector<Tensor> StemBackward(const Tensor& images, const Tensor& weight, con
   check_shape("the tensor of statistics", statistics, {weight.shape()[0], 2});
   const auto zeros = [&](const Tensor& like) { return paddle::zeros(like.shape(), like.dtype(), like.place()); };
   Tensor weight_gradient = zeros(weight), scale_gradient = zeros(scale), shift_gradient = zeros(scale);
-  PD_DISPATCH_FLOATING_TYPES(images.type(), "darts_stem_grad", ([&] {
+  DARTS_DISPATCH(images.type(), "darts_stem_grad", ([&] {
     check_shape("the tensor of saved results", saved, {Stem<data_t>::saved_size(images.shape(), weight.shape()[0])});
     if (weight_gradients)
       Stem<data_t>(images, weight, scale)
@@ -254,7 +254,7 @@ std::vector<Tensor> MomentumStep(const Tensor& weights, const Tensor& velocity, 
   for (const Tensor& number : numbers) check_shape("a number of a step", number, {1});
   const auto empty = [&] { return paddle::empty(weights.shape(), weights.dtype(), weights.place()); };
   Tensor new_weights = empty(), new_velocity = empty();
-  PD_DISPATCH_FLOATING_TYPES(weights.type(), "darts_momentum_step", ([&] {
+  DARTS_DISPATCH(weights.type(), "darts_momentum_step", ([&] {
     const auto number = [&](size_t k) { return numbers[k].data<data_t>()[0]; };
     step(weights.data<data_t>(), velocity.data<data_t>(), gradient.data<data_t>(), weights.numel(), number(0),
          number(1), number(2), numbers.size() > 3 ? number(3) : std::numeric_limits<data_t>::infinity(),

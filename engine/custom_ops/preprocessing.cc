@@ -168,7 +168,7 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, bool, float epsil
   const Shape shape = check_inputs(inputs, epsilon);
   const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, inputs[0].dtype(), inputs[0].place()); };
   Tensor x = empty(shape), rstd = empty({shape[1]});
-  PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_preprocessing", ([&] {
+  DARTS_DISPATCH(x.type(), "darts_preprocessing", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
       Preprocessing<data_t, decltype(lanes)::value>(inputs, nullptr)
           .forward(epsilon, x.data<data_t>(), rstd.data<data_t>());
@@ -185,7 +185,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& x,
   check_shape("the gradient of the output", x_gradient, shape);
   check_shape("the tensor of statistics", rstd, {shape[1]});
   std::vector<Tensor> gradients = gradients_of(inputs, 2);
-  PD_DISPATCH_FLOATING_TYPES(x.type(), "darts_preprocessing_grad", ([&] {
+  DARTS_DISPATCH(x.type(), "darts_preprocessing_grad", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
       Preprocessing<data_t, decltype(lanes)::value>(inputs, &gradients)
           .backward(x.data<data_t>(), rstd.data<data_t>(), x_gradient.data<data_t>(), weight_gradients);
