@@ -80,6 +80,39 @@ inline void check_types(const std::vector<Tensor>& tensors) {
           "the element type is not float32 (float64 is compiled with CXXFLAGS=-DDARTS_FLOAT64 only)");
 }
 
+// A batch normalisation with scale and shift, of one channel. moments and sums: of its plane in each of n images, at
+// distances of `step`; plane: numbers of a plane.
+struct Normalisation {
+  bool training;                                 // by the batch, and update the running statistics; else by them
+  double epsilon, momentum;
+
+  // Computes mean_rstd [2], mean and 1 / sqrt(variance + epsilon), and the new running mean and variance from those
+  // before and from `compute_moments`.
+  template <typename T>
+  void combine(const double* moments, int64_t n, int64_t step, int64_t plane, T running_mean, T running_variance,
+               T* mean_rstd, T* new_mean, T* new_variance) const {
+    double mean = running_mean, variance = running_variance;
+    const double kept = training ? momentum : 1;
+    if (training) combine_moments(moments, n, step, plane, &mean, &variance);
+    mean_rstd[0] = mean, mean_rstd[1] = 1 / std::sqrt(variance + epsilon);
+    *new_mean = kept * running_mean + (1 - kept) * mean;
+    *new_variance = kept * running_variance + (1 - kept) * variance;
+  }
+
+  // Computes the gradients of scale and shift, and d_mean and slope for `batch_norm_backward`, from `sum_gradient`.
+  template <typename T>
+  void differentiate(const double* sums, int64_t n, int64_t step, int64_t plane, T rstd, T* scale_gradient,
+                     T* shift_gradient, T* d_mean, T* slope) const {
+    double total = 0, dot = 0;
+    for (int64_t k = 0; k < n; ++k) total += sums[k * step], dot += sums[k * step + 1];
+    const double count = n * plane, exact_rstd = rstd;
+    *scale_gradient = dot * exact_rstd, *shift_gradient = total;
+    // Running statistics do not depend on the batch, so only batch statistics contribute to the gradient.
+    *d_mean = training ? total / count : 0;
+    *slope = training ? exact_rstd * exact_rstd * dot / count : 0;
+  }
+};
+
 // Assigns the weights of a cell to its operations. Every call of `take` returns the next rows of a tensor.
 template <typename T>
 class Weights {

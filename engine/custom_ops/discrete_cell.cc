@@ -26,11 +26,6 @@ struct Mask {
   T operator[](int64_t n) const { return data ? data[n * step] : T(1); }
 };
 
-struct Normalisation {
-  bool training;                                 // by the batch, and update the running statistics; else by them
-  double epsilon, momentum;
-};
-
 // Positions in the tensors of a cell; every operation advances them by its size.
 template <typename T>
 struct Buffers {
@@ -228,13 +223,8 @@ class ConvNorm : public Operation<T> {
         share(c_, 8, [&](int64_t c) {
           Timed timed(Phase::kNormalisation);
           const int64_t at = stage * 2 * c_ + c;                              // the mean; the variance is at + c_
-          double mean = running_[at], variance = running_[at + c_];
-          const double kept = normalisation_.training ? normalisation_.momentum : 1;
-          if (normalisation_.training) combine_moments(moments.data() + 2 * c, n_, 2 * c_, plane_, &mean, &variance);
-          T* mean_rstd = statistics_ + (stage * c_ + c) * 2;
-          mean_rstd[0] = mean, mean_rstd[1] = 1 / std::sqrt(variance + normalisation_.epsilon);
-          new_running_[at] = kept * running_[at] + (1 - kept) * mean;
-          new_running_[at + c_] = kept * running_[at + c_] + (1 - kept) * variance;
+          normalisation_.combine(moments.data() + 2 * c, n_, 2 * c_, plane_, running_[at], running_[at + c_],
+                                 statistics_ + (stage * c_ + c) * 2, new_running_ + at, new_running_ + at + c_);
         });
       }
       const int64_t last = (stages_ - 1) * c_;
@@ -307,13 +297,9 @@ class ConvNorm : public Operation<T> {
         }
         share(c_, 8, [&](int64_t c) {
           Timed timed(Phase::kNormalisation);
-          double total = 0, dot = 0;
-          for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
-          const double rstd = mean_rstd[2 * c + 1], count = n_ * plane_;
-          affine_.gradient[stage * 2 * c_ + c] = dot * rstd, affine_.gradient[stage * 2 * c_ + c_ + c] = total;
-          // Running statistics do not depend on the batch, so only batch statistics contribute to the gradient.
-          d_mean[c] = normalisation_.training ? total / count : 0;
-          slope[c] = normalisation_.training ? rstd * rstd * dot / count : 0;
+          T* scale_gradient = affine_.gradient + stage * 2 * c_ + c;           // that of the shift is c_ behind it
+          normalisation_.differentiate(sums.data() + 2 * c, n_, 2 * c_, plane_, mean_rstd[2 * c + 1], scale_gradient,
+                                       scale_gradient + c_, &d_mean[c], &slope[c]);
         });
         if (kernel_ > 1) std::fill(bordered, bordered + g.plane, T(0));
         partial.for_images([&](int64_t n, T* weight_gradients) {

@@ -20,8 +20,8 @@ class Stem {
 
   // Writes out [N, C, h, w], saved, statistics [C, 2]: mean, 1 / sqrt(variance + epsilon), and the new running mean and
   // variance [C].
-  void forward(const T* shift, const T* mean, const T* variance, bool training, double epsilon, double momentum, T* out,
-               T* saved, T* statistics, T* new_mean, T* new_variance) {
+  void forward(const T* shift, const T* mean, const T* variance, const Normalisation& normalisation, T* out, T* saved,
+               T* statistics, T* new_mean, T* new_variance) {
     std::vector<double> moments(n_ * c_ * 2);
 #pragma omp parallel num_threads(threads())
     {
@@ -35,16 +35,12 @@ class Stem {
           multiply<T, L>(weight_, taps_, 1, columns, g_.step, c_, taps_, g_.size, result, g_.size);
         }
         Timed timed(Phase::kNormalisation);
-        for (int64_t c = 0; c < c_ && training; ++c)
+        for (int64_t c = 0; c < c_ && normalisation.training; ++c)
           compute_moments<T, L>(g_, result + c * g_.size, moments.data() + (n * c_ + c) * 2);
       });
       share(c_, 8, [&](int64_t c) {
-        double batch_mean = mean[c], batch_variance = variance[c];
-        const double kept = training ? momentum : 1;
-        if (training) combine_moments(moments.data() + 2 * c, n_, 2 * c_, plane_, &batch_mean, &batch_variance);
-        statistics[2 * c] = batch_mean, statistics[2 * c + 1] = 1 / std::sqrt(batch_variance + epsilon);
-        new_mean[c] = kept * mean[c] + (1 - kept) * batch_mean;
-        new_variance[c] = kept * variance[c] + (1 - kept) * batch_variance;
+        normalisation.combine(moments.data() + 2 * c, n_, 2 * c_, plane_, mean[c], variance[c], statistics + 2 * c,
+                              new_mean + c, new_variance + c);
       });
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kNormalisation);
@@ -63,8 +59,8 @@ class Stem {
 
   // Adds to the gradient of weight [C, taps], and writes those of scale and shift [C]; d [N, C, h, w]: gradient of the
   // output.
-  void backward(const T* saved, const T* statistics, const T* d, bool training, T* weight_gradient, T* scale_gradient,
-                T* shift_gradient) {
+  void backward(const T* saved, const T* statistics, const T* d, const Normalisation& normalisation, T* weight_gradient,
+                T* scale_gradient, T* shift_gradient) {
     std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
     PartialSums<T> partial(n_, c_ * taps_);
@@ -89,11 +85,8 @@ class Stem {
                        sums.data() + (n * c_ + c) * 2);
       });
       share(c_, 8, [&](int64_t c) {
-        double total = 0, dot = 0;
-        for (int64_t n = 0; n < n_; ++n) total += sums[(n * c_ + c) * 2], dot += sums[(n * c_ + c) * 2 + 1];
-        const double rstd = statistics[2 * c + 1], count = n_ * plane_;
-        scale_gradient[c] = dot * rstd, shift_gradient[c] = total;
-        d_mean[c] = training ? total / count : 0, slope[c] = training ? rstd * rstd * dot / count : 0;
+        normalisation.differentiate(sums.data() + 2 * c, n_, 2 * c_, plane_, statistics[2 * c + 1], scale_gradient + c,
+                                    shift_gradient + c, &d_mean[c], &slope[c]);
       });
       partial.for_images([&](int64_t n, T* weight_sums) {
         {
@@ -166,7 +159,7 @@ std::vector<Tensor> StemForward(const Tensor& images, const Tensor& weight, cons
   DARTS_DISPATCH(images.type(), "darts_stem", ([&] {
     saved = empty({Stem<data_t>::saved_size(images.shape(), channels)});
     Stem<data_t>(images, weight, scale)
-        .forward(shift.data<data_t>(), mean.data<data_t>(), variance.data<data_t>(), training, epsilon, momentum,
+        .forward(shift.data<data_t>(), mean.data<data_t>(), variance.data<data_t>(), {training, epsilon, momentum},
                  out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(), new_mean.data<data_t>(),
                  new_variance.data<data_t>());
   }));
@@ -175,7 +168,7 @@ std::vector<Tensor> StemForward(const Tensor& images, const Tensor& weight, cons
 
 std::vector<Tensor> StemBackward(const Tensor& images, const Tensor& weight, const Tensor& scale, const Tensor&,
                                  const Tensor& saved, const Tensor& statistics, const Tensor& out_gradient,
-                                 bool training, bool weight_gradients, float epsilon, float) {
+                                 bool training, bool weight_gradients, float epsilon, float momentum) {
   check_stem(images, weight, scale, epsilon);
   check_types({images, saved, statistics, out_gradient});
   check_shape("the gradient of the stem's output", out_gradient, stem_shape(images.shape(), weight.shape()));
@@ -186,8 +179,9 @@ std::vector<Tensor> StemBackward(const Tensor& images, const Tensor& weight, con
     check_shape("the tensor of saved results", saved, {Stem<data_t>::saved_size(images.shape(), weight.shape()[0])});
     if (weight_gradients)
       Stem<data_t>(images, weight, scale)
-          .backward(saved.data<data_t>(), statistics.data<data_t>(), out_gradient.data<data_t>(), training,
-                    weight_gradient.data<data_t>(), scale_gradient.data<data_t>(), shift_gradient.data<data_t>());
+          .backward(saved.data<data_t>(), statistics.data<data_t>(), out_gradient.data<data_t>(),
+                    {training, epsilon, momentum}, weight_gradient.data<data_t>(), scale_gradient.data<data_t>(),
+                    shift_gradient.data<data_t>());
   }));
   return {weight_gradient, scale_gradient, shift_gradient};
 }
