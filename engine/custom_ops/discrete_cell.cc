@@ -42,25 +42,34 @@ class Operation {
   virtual int64_t workspace_size() const { return 0; }         // numbers of temporary memory of a backward pass
   virtual int64_t normalised_channels() const { return 0; }    // of all normalisations together
   virtual void bind(Buffers<T>*) {}
-  // Computes out = (with add: +=) mask * operation(x).
-  virtual void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) = 0;
-  // Computes to = (with add: +=) the gradient of x from d, the gradient of out.
+  // The result is computed in two parts, so that one pass over the images can finish both edges of a node: `begin`
+  // computes what needs the complete batch, then `finish` image n of out = (with add: +=) keep * operation(x), in a
+  // parallel region.
+  virtual void begin(Images<const T>) {}
+  virtual void finish(int64_t n, Images<const T> x, T keep, bool add, Images<T> out) = 0;
+  // `sum` computes what `backward` needs of image n, in a parallel region. d: gradient of out.
+  virtual void sum(int64_t, T, Images<const T>) {}
+  // Computes to = (with add: +=) the gradient of x.
   virtual void backward(Images<const T> x, Mask<T> mask, Images<const T> d, bool add, Images<T> to, T* workspace) = 0;
 };
+
+// Copies (with add: adds) `size` numbers of image n.
+template <typename T>
+void copy_image(int64_t n, int64_t size, Images<const T> from, bool add, Images<T> to) {
+  Timed timed(Phase::kSums);
+  const T* source = from.data + n * from.image;
+  T* target = to.data + n * to.image;
+  if (!add) std::memcpy(target, source, size * sizeof(T));
+  else
+#pragma omp simd
+    for (int64_t p = 0; p < size; ++p) target[p] += source[p];
+}
 
 // Copies (with add: adds) n images of `size` numbers.
 template <typename T>
 void copy_images(int64_t n, int64_t size, Images<const T> from, bool add, Images<T> to) {
 #pragma omp parallel num_threads(threads())
-  share(n, 1, [&](int64_t k) {
-    Timed timed(Phase::kSums);
-    const T* source = from.data + k * from.image;
-    T* target = to.data + k * to.image;
-    if (!add) std::memcpy(target, source, size * sizeof(T));
-    else
-#pragma omp simd
-      for (int64_t p = 0; p < size; ++p) target[p] += source[p];
-  });
+  share(n, 1, [&](int64_t k) { copy_image(k, size, from, add, to); });
 }
 
 // Computes to = a + b, n images of `size` numbers.
@@ -80,7 +89,7 @@ template <typename T>
 class Identity : public Operation<T> {
  public:
   Identity(int64_t n, int64_t size) : n_(n), size_(size) {}
-  void forward(Images<const T> x, Mask<T>, bool add, Images<T> out) override { copy_images(n_, size_, x, add, out); }
+  void finish(int64_t n, Images<const T> x, T, bool add, Images<T> out) override { copy_image(n, size_, x, add, out); }
   void backward(Images<const T>, Mask<T>, Images<const T> d, bool add, Images<T> to, T*) override {
     copy_images(n_, size_, d, add, to);
   }
@@ -95,8 +104,8 @@ class Zero : public Operation<T> {
  public:
   // size, out_size: numbers per image of the input and of the output.
   Zero(int64_t n, int64_t size, int64_t out_size) : n_(n), size_(size), out_size_(out_size) {}
-  void forward(Images<const T>, Mask<T>, bool add, Images<T> out) override {
-    for (int64_t k = 0; k < n_ && !add; ++k) std::fill_n(out.data + k * out.image, out_size_, T(0));
+  void finish(int64_t n, Images<const T>, T, bool add, Images<T> out) override {
+    if (!add) std::fill_n(out.data + n * out.image, out_size_, T(0));
   }
   void backward(Images<const T>, Mask<T>, Images<const T>, bool add, Images<T> to, T*) override {
     for (int64_t k = 0; k < n_ && !add; ++k) std::fill_n(to.data + k * to.image, size_, T(0));
@@ -112,24 +121,18 @@ class Pool : public Operation<T> {
   Pool(int64_t n, int64_t channels, int64_t h, int64_t w, int64_t stride, bool max)
       : n_(n), channels_(channels), g_(Geometry::of<T>(h, w, stride, 1, 1)), pools_(g_), max_(max) {}
 
-  void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
-#pragma omp parallel num_threads(threads())
-    {
-      Scratch<T> scratch(pools_.work_size() + g_.size);
-      T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size);
-      share(n_, 1, [&](int64_t n) {
-        Timed timed(Phase::kPools);
-        for (int64_t c = 0; c < channels_; ++c) {
-          const T* from = x.data + n * x.image + c * g_.h * g_.w;
-          T* to = out.data + n * out.image + c * g_.size;
-          if (max_) pools_.max(from, work, pooled);
-          else pools_.mean(from, work, pooled);
-          const T keep = mask[n];
-          if (!add) std::fill(to, to + g_.size, T(0));
+  void finish(int64_t n, Images<const T> x, T keep, bool add, Images<T> out) override {
+    Timed timed(Phase::kPools);
+    Scratch<T> scratch(pools_.work_size() + g_.size);
+    T *work = scratch.take(pools_.work_size()), *pooled = scratch.take(g_.size);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const T* from = x.data + n * x.image + c * g_.h * g_.w;
+      T* to = out.data + n * out.image + c * g_.size;
+      if (max_) pools_.max(from, work, pooled);
+      else pools_.mean(from, work, pooled);
+      if (!add) std::fill(to, to + g_.size, T(0));
 #pragma omp simd
-          for (int64_t p = 0; p < g_.size; ++p) to[p] += keep * pooled[p];
-        }
-      });
+      for (int64_t p = 0; p < g_.size; ++p) to[p] += keep * pooled[p];
     }
   }
 
@@ -175,7 +178,7 @@ class ConvNorm : public Operation<T> {
         halves_(kernel_ == 1 ? stride : 1), first_(Geometry::of<T>(h, w, stride, kind.dilation * (kernel_ / 2), L)),
         second_(Geometry::of<T>(first_.out_h, first_.out_w, 1, kernel_ / 2, L)), size_(first_.size),
         plane_(first_.out_h * first_.out_w), grid_(first_, c_in), pointwise_(weights->take(stages_ * c_, c_in, 1)),
-        affine_(weights->take_affine(2 * stages_ * c_)) {
+        affine_(weights->take_affine(2 * stages_ * c_)), sums_(n * channels * 2) {
     require(c_ % halves_ == 0, "the output of FactorizedReduce consists of two halves: the channels have to be even");
     if (kernel_ == 1) return;
     depthwise_ = weights->take(stages_ * c_, 1, kernel_);
@@ -197,9 +200,7 @@ class ConvNorm : public Operation<T> {
 
   // affine: scale and shift [stages, 2, C]; running: mean and variance [stages, 2, C]; statistics: mean and
   // 1 / sqrt(variance + epsilon) [stages, C, 2].
-  void forward(Images<const T> x, Mask<T> mask, bool add, Images<T> out) override {
-    std::vector<double> moments(n_ * c_ * 2);
-    const T* affine = affine_.value;
+  void begin(Images<const T> x) override {
 #pragma omp parallel num_threads(threads())
     {
       Scratch<T> scratch(padded_size() + inner_size());
@@ -218,36 +219,45 @@ class ConvNorm : public Operation<T> {
           }
           Timed timed(Phase::kNormalisation);
           for (int64_t c = 0; c < c_ && normalisation_.training; ++c)
-            compute_moments<T, L>(first_, result + c * size_, moments.data() + (n * c_ + c) * 2);
+            compute_moments<T, L>(first_, result + c * size_, sums_.data() + (n * c_ + c) * 2);
         });
         share(c_, 8, [&](int64_t c) {
           Timed timed(Phase::kNormalisation);
           const int64_t at = stage * 2 * c_ + c;                              // the mean; the variance is at + c_
-          normalisation_.combine(moments.data() + 2 * c, n_, 2 * c_, plane_, running_[at], running_[at + c_],
+          normalisation_.combine(sums_.data() + 2 * c, n_, 2 * c_, plane_, running_[at], running_[at + c_],
                                  statistics_ + (stage * c_ + c) * 2, new_running_ + at, new_running_ + at + c_);
         });
       }
-      const int64_t last = (stages_ - 1) * c_;
-      share(n_, 1, [&](int64_t n) {
-        Timed timed(Phase::kNormalisation);
-        const T keep = mask[n];
-        for (int64_t c = 0; c < c_; ++c) {
-          const T *from = saved_ + (n * stages_ * c_ + last + c) * size_, *mean_rstd = statistics_ + (last + c) * 2;
-          T* to = out.data + n * out.image + c * plane_;
-          const T mean = mean_rstd[0], factor = keep * affine[2 * last + c] * mean_rstd[1];
-          const T shift = keep * affine[2 * last + c_ + c];
-          for (int64_t i = 0; i < first_.rows(); ++i) {
-            const T* source = from + i * first_.out_row;
-            T* target = to + i * first_.out_w;
-            if (add)
+    }
+  }
+
+  void finish(int64_t n, Images<const T>, T keep, bool add, Images<T> out) override {
+    Timed timed(Phase::kNormalisation);
+    const int64_t last = (stages_ - 1) * c_;
+    const T* affine = affine_.value + 2 * last;
+    for (int64_t c = 0; c < c_; ++c) {
+      const T *from = saved_ + (n * stages_ * c_ + last + c) * size_, *mean_rstd = statistics_ + (last + c) * 2;
+      T* to = out.data + n * out.image + c * plane_;
+      const T mean = mean_rstd[0], factor = keep * affine[c] * mean_rstd[1], shift = keep * affine[c_ + c];
+      for (int64_t i = 0; i < first_.rows(); ++i) {
+        const T* source = from + i * first_.out_row;
+        T* target = to + i * first_.out_w;
+        if (add)
 #pragma omp simd
-              for (int64_t j = 0; j < first_.columns(); ++j) target[j] += factor * (source[j] - mean) + shift;
-            else
+          for (int64_t j = 0; j < first_.columns(); ++j) target[j] += factor * (source[j] - mean) + shift;
+        else
 #pragma omp simd
-              for (int64_t j = 0; j < first_.columns(); ++j) target[j] = factor * (source[j] - mean) + shift;
-          }
-        }
-      });
+          for (int64_t j = 0; j < first_.columns(); ++j) target[j] = factor * (source[j] - mean) + shift;
+      }
+    }
+  }
+
+  void sum(int64_t n, T keep, Images<const T> d) override {
+    Timed timed(Phase::kNormalisation);
+    for (int64_t c = 0; c < c_; ++c) {
+      const int64_t plane = (stages_ - 1) * c_ + c;                            // of the last stage
+      sum_gradient(first_, d.data + n * d.image + c * plane_, first_.out_w, keep,
+                   saved_ + (n * stages_ * c_ + plane) * size_, statistics_[2 * plane], sums_.data() + (n * c_ + c) * 2);
     }
   }
 
@@ -256,7 +266,6 @@ class ConvNorm : public Operation<T> {
     const int64_t depthwise_size = depthwise_.size, pointwise_size = pointwise_.size;
     const std::vector<T> flipped = flip(depthwise_.value, depthwise_size / taps(), taps());
     PartialSums<T> partial(n_, depthwise_size + pointwise_size);
-    std::vector<double> sums(n_ * c_ * 2);
     std::vector<T> d_mean(c_), slope(c_);
 #pragma omp parallel num_threads(threads())
     {
@@ -264,41 +273,18 @@ class ConvNorm : public Operation<T> {
       const int64_t in_plane = kernel_ == 1 || first_.stride == 1 ? first_.step : first_.plane;
       const int64_t in_size = std::max(c_in_ * in_plane, c_ * second_.step);
       const int64_t border = std::max(first_.plane, second_.plane);
-      Scratch<T> scratch(padded_size() + 2 * inner_size() + 2 * c_ * first_.step + in_size + border);
+      Scratch<T> scratch(padded_size() + 2 * inner_size() + c_ * first_.step + in_size + border);
       T *padded = scratch.zeros(padded_size()), *inner = scratch.zeros(inner_size());
-      T *d = scratch.zeros(c_ * first_.step);
       T *inner_gradient = scratch.take(inner_size()), *gradient = scratch.zeros(c_ * first_.step);
       T *in_gradient = scratch.take(in_size), *bordered = scratch.take(border);
       for (int stage = stages_ - 1; stage >= 0; --stage) {
         const bool last = stage == stages_ - 1;
         const Geometry& g = geometry(stage);
         const T *scale = affine_.value + stage * 2 * c_, *mean_rstd = statistics_ + stage * c_ * 2;
-        // Returns the gradient of the output of this stage's normalisation. For the last stage it is an input, for the
-        // first of two stages the loop below computes it in the pass over the last.
-        const auto out_gradient_of = [&](int64_t n, int64_t c) -> const T* {
-          if (!last) return first_gradient + (n * c_ + c) * size_;
-          const T* from = out_gradient.data + n * out_gradient.image + c * plane_;
-          if (!mask.data && first_.out_row == first_.out_w) return from;
-          const T keep = mask[n];
-          T* kept = d + c * first_.step;
-          for (int64_t i = 0; i < first_.rows(); ++i)
-#pragma omp simd
-            for (int64_t j = 0; j < first_.columns(); ++j)
-              kept[i * first_.out_row + j] = keep * from[i * first_.out_w + j];
-          return kept;
-        };
-        if (last) {
-          share(n_, 1, [&](int64_t n) {
-            Timed timed(Phase::kNormalisation);
-            for (int64_t c = 0; c < c_; ++c)
-              sum_gradient(first_, out_gradient_of(n, c), saved_ + ((n * stages_ + stage) * c_ + c) * size_,
-                           mean_rstd[2 * c], sums.data() + (n * c_ + c) * 2);
-          });
-        }
         share(c_, 8, [&](int64_t c) {
           Timed timed(Phase::kNormalisation);
           T* scale_gradient = affine_.gradient + stage * 2 * c_ + c;           // that of the shift is c_ behind it
-          normalisation_.differentiate(sums.data() + 2 * c, n_, 2 * c_, plane_, mean_rstd[2 * c + 1], scale_gradient,
+          normalisation_.differentiate(sums_.data() + 2 * c, n_, 2 * c_, plane_, mean_rstd[2 * c + 1], scale_gradient,
                                        scale_gradient + c_, &d_mean[c], &slope[c]);
         });
         if (kernel_ > 1) std::fill(bordered, bordered + g.plane, T(0));
@@ -306,9 +292,15 @@ class ConvNorm : public Operation<T> {
           const T* result = saved_ + (n * stages_ + stage) * c_ * size_;
           {
             Timed timed(Phase::kNormalisation);
-            for (int64_t c = 0; c < c_; ++c)
-              batch_norm_backward(first_, out_gradient_of(n, c), result + c * size_, scale[c] * mean_rstd[2 * c + 1],
-                                  d_mean[c], mean_rstd[2 * c], slope[c], gradient + c * first_.step);
+            // The gradient of the output of this stage's normalisation: that of the first of two stages is computed
+            // below, in the pass over the last.
+            for (int64_t c = 0; c < c_; ++c) {
+              const T* d = last ? out_gradient.data + n * out_gradient.image + c * plane_
+                                : first_gradient + (n * c_ + c) * size_;
+              batch_norm_backward(first_, d, last ? first_.out_w : first_.out_row, last ? mask[n] : T(1),
+                                  result + c * size_, scale[c] * mean_rstd[2 * c + 1], d_mean[c], mean_rstd[2 * c],
+                                  slope[c], gradient + c * first_.step);
+            }
           }
           if (kernel_ == 1) {
             for (int64_t half = 0; half < halves_; ++half) {
@@ -338,7 +330,7 @@ class ConvNorm : public Operation<T> {
                 const T* y = saved_ + (n * stages_ * c_ + c) * size_;
                 const T mean = statistics_[2 * c], factor = affine_.value[c] * statistics_[2 * c + 1];
                 normalised_relu_backward<T, L>(first_, y, factor, mean, affine_.value[c_ + c], in_gradient + c * g.step,
-                                               first_gradient + (n * c_ + c) * size_, sums.data() + (n * c_ + c) * 2);
+                                               first_gradient + (n * c_ + c) * size_, sums_.data() + (n * c_ + c) * 2);
               }
             }
           }
@@ -385,6 +377,7 @@ class ConvNorm : public Operation<T> {
   std::vector<std::unique_ptr<SeparableConvolution<T>>> convolutions_;       // of the stages
   T *saved_, *statistics_, *new_running_;
   const T* running_;
+  std::vector<double> sums_;     // [N, C, 2]: moments of the planes, or in the backward pass those of `sum_gradient`
 };
 
 template <typename T>
@@ -481,11 +474,15 @@ class DiscreteCell {
     assign_states(out, &saved);
     Buffers<T> buffers{saved, statistics, running, new_running};
     for (const auto& operation : operations_) operation->bind(&buffers);
-    operations_[0]->forward(input(x0_), {}, false, states_[0]);
-    operations_[1]->forward(input(x1_), {}, false, states_[1]);
-    for (size_t edge = 0; edge < structure_.operations.size(); ++edge)
-      operations_[2 + edge]->forward(states_[structure_.states[edge]], mask_of(edge, masks), edge % 2,
-                                     states_[2 + edge / 2]);
+    for (size_t first = 0; first < operations_.size(); first += 2) {        // both inputs, then the edges of each node
+      for (size_t k = first; k < first + 2; ++k) operations_[k]->begin(input_of(k));
+      const Mask<T> mask[2] = {mask_of(first, masks), mask_of(first + 1, masks)};
+#pragma omp parallel num_threads(threads())
+      share(n_, 1, [&](int64_t n) {
+        for (size_t k = first; k < first + 2; ++k)
+          operations_[k]->finish(n, input_of(k), mask[k - first][n], first > 0 && k > first, states_[output_of(k)]);
+      });
+    }
   }
 
   // again_gradient: null, or the gradient of the second output, to be added to that of the first.
@@ -518,19 +515,26 @@ class DiscreteCell {
       else
         copy_images(n_, size, from, false, gradients[s]);
     }
-    for (int edge = structure_.operations.size() - 1; edge >= 0; --edge) {
-      const int s = structure_.states[edge], node = 2 + edge / 2;
-      // A node that no edge reads and that is not in the output has the gradient 0.
-      if (!has_gradient[node]) clear(gradients[node]), has_gradient[node] = true;
-      operations_[2 + edge]->backward(states_[s], mask_of(edge, masks), gradients[node], has_gradient[s], gradients[s],
-                                      workspace);
-      has_gradient[s] = true;
-    }
-    for (int s = 0; s < 2; ++s)
-      if (!has_gradient[s]) clear(gradients[s]);
-    for (int s = 1; s >= 0; --s) {
-      const Images<const T> x = input(s == 0 ? x0_ : x1_);
-      operations_[s]->backward(x, {}, gradients[s], false, {(*gradients_)[s].template data<T>(), x.image}, workspace);
+    for (int first = operations_.size() - 2; first >= 0; first -= 2) {
+      // A state that no edge reads and that is not in the output has the gradient 0.
+      for (int k = first; k < first + 2; ++k)
+        if (!has_gradient[output_of(k)]) clear(gradients[output_of(k)]), has_gradient[output_of(k)] = true;
+      const Mask<T> mask[2] = {mask_of(first, masks), mask_of(first + 1, masks)};
+#pragma omp parallel num_threads(threads())
+      share(n_, 1, [&](int64_t n) {
+        for (int k = first; k < first + 2; ++k)
+          operations_[k]->sum(n, mask[k - first][n], gradients[output_of(k)]);
+      });
+      for (int k = first + 1; k >= first; --k) {
+        const Images<const T> x = input_of(k), d = gradients[output_of(k)];
+        if (k < 2) {
+          operations_[k]->backward(x, {}, d, false, {(*gradients_)[k].template data<T>(), x.image}, workspace);
+        } else {
+          const int s = structure_.states[k - 2];
+          operations_[k]->backward(x, mask[k - first], d, has_gradient[s], gradients[s], workspace);
+          has_gradient[s] = true;
+        }
+      }
     }
   }
 
@@ -561,12 +565,18 @@ class DiscreteCell {
     return {out + at * size, static_cast<int64_t>(structure_.concat.size()) * size};
   }
   void clear(Images<T> images) const { std::fill(images.data, images.data + n_ * images.image, T(0)); }
-  static Images<const T> input(const Tensor& x) { return {x.data<T>(), x.shape()[1] * x.shape()[2] * x.shape()[3]}; }
-  // Returns the factors of an edge; masks [N, edges that can be dropped].
-  Mask<T> mask_of(int edge, Mask<T> masks) const {
-    if (!masks.data || !structure_.droppable(edge)) return {};
+  // Returns what operation k reads, and the number of the state that it contributes to.
+  Images<const T> input_of(int k) const {
+    if (k >= 2) return states_[structure_.states[k - 2]];
+    const Tensor& x = k == 0 ? x0_ : x1_;
+    return {x.data<T>(), x.shape()[1] * x.shape()[2] * x.shape()[3]};
+  }
+  static int output_of(int k) { return k < 2 ? k : 2 + (k - 2) / 2; }
+  // Returns the factors of operation k; masks [N, edges that can be dropped].
+  Mask<T> mask_of(int k, Mask<T> masks) const {
+    if (k < 2 || !masks.data || !structure_.droppable(k - 2)) return {};
     int64_t number = 0;
-    for (int k = 0; k < edge; ++k) number += structure_.droppable(k);
+    for (int edge = 0; edge < k - 2; ++edge) number += structure_.droppable(edge);
     return {masks.data + number, masks.step};
   }
 

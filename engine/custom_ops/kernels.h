@@ -865,16 +865,15 @@ inline void combine_moments(const double* moments, int64_t n, int64_t step, doub
   *variance = squares / (size * n);
 }
 
-// Computes the gradient of the input y of a batch normalisation, to = factor (d - d_mean - (y - mean) slope).
-// d: gradient of its output; d_mean: mean of d; slope: rstd^2 times the mean of d (y - mean); factor: scale times rstd.
+// Computes the gradient of the input y of a batch normalisation, to = factor (keep d - d_mean - (y - mean) slope).
+// keep d: gradient of its output, d with rows of d_row numbers; d_mean: mean of keep d; slope: rstd^2 times the mean of
+// keep d (y - mean); factor: scale times rstd.
 template <typename T>
-void batch_norm_backward(const Geometry& g, const T* d, const T* y, T factor, T d_mean, T mean, T slope, T* to) {
-  for (int64_t i = 0; i < g.rows(); ++i)
+void batch_norm_backward(const Geometry& g, const T* d, int64_t d_row, T keep, const T* y, T factor, T d_mean, T mean,
+                         T slope, T* to) {
+  for (int64_t i = 0; i < g.rows(); ++i, d += d_row, y += g.out_row, to += g.out_row)
 #pragma omp simd
-    for (int64_t j = 0; j < g.columns(); ++j) {
-      const int64_t p = i * g.out_row + j;
-      to[p] = factor * (d[p] - d_mean - (y[p] - mean) * slope);
-    }
+    for (int64_t j = 0; j < g.columns(); ++j) to[j] = factor * (keep * d[j] - d_mean - (y[j] - mean) * slope);
 }
 
 // Writes relu(factor (y - mean) + shift) to the inside of a padded plane: the input of the second half of a sep_conv.
@@ -889,13 +888,14 @@ void normalise_relu(const Geometry& g, const T* y, int64_t y_row, T factor, T me
   }
 }
 
-// Writes the sums of d and of d (y - mean) to sums [2]. d has to be 0 in the columns from out_w on.
+// Writes the sums of keep d and of keep d (y - mean) to sums [2]. d_row: distance between the rows of d.
 template <typename T>
-void sum_gradient(const Geometry& g, const T* d, const T* y, T mean, double* sums) {
+void sum_gradient(const Geometry& g, const T* d, int64_t d_row, T keep, const T* y, T mean, double* sums) {
   T total = 0, dot = 0;
+  for (int64_t i = 0; i < g.rows(); ++i, d += d_row, y += g.out_row)
 #pragma omp simd reduction(+ : total, dot)
-  for (int64_t p = 0; p < g.size; ++p) total += d[p], dot += d[p] * (y[p] - mean);
-  sums[0] = total, sums[1] = dot;
+    for (int64_t j = 0; j < g.columns(); ++j) total += d[j], dot += d[j] * (y[j] - mean);
+  sums[0] = keep * total, sums[1] = keep * dot;
 }
 
 // Returns the gradient of the input `value` of a ReLU. By value, as the compiler does not vectorise a conditional read.

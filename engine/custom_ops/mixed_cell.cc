@@ -392,7 +392,7 @@ class MixedCell {
   void differentiate_norm(int64_t n, int64_t plane, const T* d, T scale, T* to) const {
     Timed timed(Phase::kNormalisation);
     for (int64_t c = 0; c < c_; ++c)
-      batch_norm_backward(nodes_, d + c * size_, result(n, plane, c), scale * rstd_of(plane, c),
+      batch_norm_backward(nodes_, d + c * size_, nodes_.out_row, T(1), result(n, plane, c), scale * rstd_of(plane, c),
                           d_mean_[plane * c_ + c], mean_of(plane, c), slope_[plane * c_ + c], to + c * nodes_.step);
   }
 
@@ -504,7 +504,7 @@ class MixedCell {
 #pragma omp simd
         for (int64_t p = 0; p < size_; ++p) d[p] += weight * from[p];
       });
-      batch_norm_backward(nodes_, d, result(n, pool, c), rstd_of(pool, c), d_mean_[pool * c_ + c], mean_of(pool, c),
+      batch_norm_backward(nodes_, d, nodes_.out_row, T(1), result(n, pool, c), rstd_of(pool, c), d_mean_[pool * c_ + c], mean_of(pool, c),
                           slope_[pool * c_ + c], d);
       if (space_.pools[k].max)
         pools_of(g).max_backward(plane, d, work.pool, direct);

@@ -66,22 +66,13 @@ class Stem {
     PartialSums<T> partial(n_, c_ * taps_);
 #pragma omp parallel num_threads(threads())
     {
-      Scratch<T> scratch(taps_ * g_.step + 2 * c_ * g_.step);
+      Scratch<T> scratch(taps_ * g_.step + c_ * g_.step);
       T *columns = scratch.zeros(taps_ * g_.step), *gradient = scratch.zeros(c_ * g_.step);
-      T* rounded = scratch.zeros(c_ * g_.step);
       partial.clear();
-      // Returns a plane of d with rounded-up rows, which are 0 there.
-      const auto gradient_of = [&](int64_t n, int64_t c) -> const T* {
-        const T* from = d + (n * c_ + c) * plane_;
-        if (g_.out_row == g_.out_w) return from;
-        T* to = rounded + c * g_.step;
-        for (int64_t i = 0; i < g_.h; ++i) std::memcpy(to + i * g_.out_row, from + i * g_.w, g_.w * sizeof(T));
-        return to;
-      };
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < c_; ++c)
-          sum_gradient(g_, gradient_of(n, c), saved + (n * c_ + c) * g_.size, statistics[2 * c],
+          sum_gradient(g_, d + (n * c_ + c) * plane_, g_.w, T(1), saved + (n * c_ + c) * g_.size, statistics[2 * c],
                        sums.data() + (n * c_ + c) * 2);
       });
       share(c_, 8, [&](int64_t c) {
@@ -92,7 +83,7 @@ class Stem {
         {
           Timed timed(Phase::kNormalisation);
           for (int64_t c = 0; c < c_; ++c)
-            batch_norm_backward(g_, gradient_of(n, c), saved + (n * c_ + c) * g_.size,
+            batch_norm_backward(g_, d + (n * c_ + c) * plane_, g_.w, T(1), saved + (n * c_ + c) * g_.size,
                                 scale_[c] * statistics[2 * c + 1], d_mean[c], statistics[2 * c], slope[c],
                                 gradient + c * g_.step);
         }

@@ -93,7 +93,7 @@ class Preprocessing {
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kNormalisation);
         for (int64_t k = n * 2 * c_; k < (n + 1) * 2 * c_; ++k)
-          sum_gradient(plane, d + k * plane_, x + k * plane_, T(0), sums.data() + 2 * k);
+          sum_gradient(plane, d + k * plane_, plane_, T(1), x + k * plane_, T(0), sums.data() + 2 * k);
       });
       share(2 * c_, 8, [&](int64_t c) {
         double total = 0, dot = 0;
