@@ -257,7 +257,8 @@ class ConvNorm : public Operation<T> {
     for (int64_t c = 0; c < c_; ++c) {
       const int64_t plane = (stages_ - 1) * c_ + c;                            // of the last stage
       sum_gradient(first_, d.data + n * d.image + c * plane_, first_.out_w, keep,
-                   saved_ + (n * stages_ * c_ + plane) * size_, statistics_[2 * plane], sums_.data() + (n * c_ + c) * 2);
+                   saved_ + (n * stages_ * c_ + plane) * size_, statistics_[2 * plane],
+                   sums_.data() + (n * c_ + c) * 2);
     }
   }
 
@@ -673,7 +674,8 @@ std::vector<DataType> InferDtype(const std::vector<DataType>& inputs, const Data
 
 #define DARTS_CELL_ATTRIBUTES                                                                                         \
   {"operations: std::vector<std::string>", "states: std::vector<int>", "concat: std::vector<int>", "channels: int",  \
-   "reduction: bool", "reduction_prev: bool", "training: bool", "masked: bool", "twice: bool", "epsilon: float", "momentum: float"}
+   "reduction: bool", "reduction_prev: bool", "training: bool", "masked: bool", "twice: bool", "epsilon: float",     \
+   "momentum: float"}
 
 // Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_discrete_cell)

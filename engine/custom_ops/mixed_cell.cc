@@ -504,8 +504,8 @@ class MixedCell {
 #pragma omp simd
         for (int64_t p = 0; p < size_; ++p) d[p] += weight * from[p];
       });
-      batch_norm_backward(nodes_, d, nodes_.out_row, T(1), result(n, pool, c), rstd_of(pool, c), d_mean_[pool * c_ + c], mean_of(pool, c),
-                          slope_[pool * c_ + c], d);
+      batch_norm_backward(nodes_, d, nodes_.out_row, T(1), result(n, pool, c), rstd_of(pool, c),
+                          d_mean_[pool * c_ + c], mean_of(pool, c), slope_[pool * c_ + c], d);
       if (space_.pools[k].max)
         pools_of(g).max_backward(plane, d, work.pool, direct);
       else
