@@ -246,7 +246,7 @@ class Network(FlatNetwork):
         s0, s1 = self._stem(images)
         again, auxiliary_logits = s1, None              # again: s1 for the second cell that reads it
         for i, (cell, mask) in enumerate(zip(self.cells, masks or [None] * len(self.cells))):
-            s1, again, s0 = *cell(s0, s1, mask, twice=i + 2 < len(self.cells)), again
+            s0, (s1, again) = again, cell(s0, s1, mask, twice=i + 2 < len(self.cells))
             if self.auxiliary_head and self.layout.training and i == self.auxiliary_after:
                 auxiliary_logits = self.auxiliary_head(s1)
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias), auxiliary_logits

@@ -26,6 +26,7 @@ first `import paddle`, so a module that uses Paddle imports something of `engine
 """
 import ctypes
 import gc
+import itertools
 import os
 import sys
 import warnings
@@ -50,11 +51,11 @@ def _keep_freed_memory() -> None:
 
 def _let_mkl_use_avx2() -> None:
     try:
-        with open('/proc/cpuinfo') as file:
-            first = file.read().partition('\n\n')[0]
+        with open('/proc/cpuinfo') as file:                              # the lines of the first processor
+            words = ' '.join(itertools.takewhile(str.strip, file)).split()
     except OSError:
         return                     # another system: slower, not wrong
-    if ' GenuineIntel' not in first and {'avx2', 'fma'} <= set(first.split()):
+    if 'GenuineIntel' not in words and {'avx2', 'fma'} <= set(words):
         os.environ.setdefault('MKL_DEBUG_CPU_TYPE', '5')
 
 
