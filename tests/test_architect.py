@@ -123,9 +123,13 @@ def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monk
 # ---------------------------------------------------------------------------------------------------
 # The steps in numpy
 
-@pytest.mark.parametrize('space, partial', [
-    (DARTS_SPACE, 1), (SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3), 1), (DARTS_SPACE, 2)],
-    ids=['darts', '3_nodes', 'partial_channels'])
+@pytest.mark.parametrize('operators, space, partial', [
+    pytest.param(compiled, *case, id=f"{'custom_ops' if compiled else 'paddle_ops'}-{name}",
+                 marks=[pytest.mark.slow] if name == 'partial_channels' and not compiled else [])
+    for compiled in (False, True) for name, case in {
+        'darts': (DARTS_SPACE, 1), 'partial_channels': (DARTS_SPACE, 2),
+        '3_nodes': (SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3), 1)}.items()],
+    indirect=['operators'])
 def test_the_steps_of_the_paper_on_the_reference_network(make, space, partial):
     """Steps 1 to 6 for weights by name, with the r of the paper."""
     rng = np.random.default_rng(6)

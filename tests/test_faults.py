@@ -56,14 +56,15 @@ def test_a_killed_worker_process_ends_the_training_with_a_reason(tmp_path):
 
 
 def test_damaged_checkpoints_end_in_an_error_or_the_right_arrays():
-    output = output_of('scripts/dev/fuzz_readers.py', '--count', 300, '--only', 'checkpoint (')
+    output = output_of('scripts/dev/fuzz_readers.py', '--count', 100, '--only', 'checkpoint (')
     checksummed, inside = (list(map(int, re.search(re.escape(name) + r' +(\d+)' * 5, output).groups()))
                            for name in ('checkpoint (.npz)', 'checkpoint (.npz), inside'))
-    assert checksummed[0] == sum(checksummed[1:]) == 300 and checksummed[1] > 270 and checksummed[3:] == [0, 0]
-    assert inside[3] > 50 and inside[4] == 0                         # well-formed files with other arrays
+    assert checksummed[0] == sum(checksummed[1:]) == 100 and checksummed[1] > 90 and checksummed[3:] == [0, 0]
+    assert inside[3] > 15 and inside[4] == 0                         # well-formed files with other arrays
 
 
-@pytest.mark.parametrize('count', [1, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.paddle_free])])
+@pytest.mark.paddle_free                    # in many processes, so on one version
+@pytest.mark.parametrize('count', [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_damaged_files_of_every_format_end_in_an_error_or_a_right_result(count):
     output = run_well('scripts/dev/fuzz_readers.py', '--count', str(count))
     for name in ('checkpoint (.npz)', 'weights (.npz), inside', 'checkpoint of a supernet (.npz)', 'genotype.json',

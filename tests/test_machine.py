@@ -43,7 +43,7 @@ def passes_by_hand(channels, layers):
     return {'weights': weights + 3 * 10 * c_prev, 'alphas': alphas + 2 * 10 * c_prev}
 
 
-@pytest.mark.parametrize('channels, layers', [(2, 3), (4, 5)])
+@pytest.mark.parametrize('channels, layers', [(2, 3), pytest.param(4, 5, marks=pytest.mark.slow)])
 def test_arithmetic_of_a_search_step_is_that_of_its_five_passes(channels, layers):
     counts = passes_by_hand(channels, layers)
     assert machine.passes('search', channels, layers) == counts

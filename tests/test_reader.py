@@ -65,6 +65,7 @@ def test_the_sample_is_balanced_small_and_licensed():
         assert 'Zalando' in file.read()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir(FASHION_MNIST), reason="Fashion-MNIST is not installed")
 def test_the_sample_and_the_normalisation_follow_from_fashion_mnist(tmp_path, monkeypatch):
     full, sample, made = reader.load('fashion_mnist', FASHION_MNIST), reader.load('fashion_mnist_sample'), []

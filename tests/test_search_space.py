@@ -67,7 +67,8 @@ def sample(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------
 # A new operation from end to end
 
-@pytest.mark.parametrize('operators', [True, False], ids=['custom_ops', 'paddle_ops'], indirect=True)
+@pytest.mark.parametrize('operators', [pytest.param(True, id='custom_ops'),
+                                       pytest.param(False, id='paddle_ops', marks=pytest.mark.slow)], indirect=True)
 def test_a_new_operation_is_searched_derived_trained_drawn_and_converted(tmp_path, operators, monkeypatch, sample):
     flags = ('--custom_ops', str(custom_ops.enabled()), '--data', sample)
     run = tmp_path / 'search'

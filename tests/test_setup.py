@@ -232,6 +232,7 @@ def machine(tmp_path):
     machine.server.server_close()
 
 
+@pytest.mark.slow
 def test_the_gpu_build_follows_when_the_index_can_be_reached(machine):
     done = machine.setup(reachable=False)
     assert done.returncode == 0 and 'Retrying' not in done.stderr, done.stderr

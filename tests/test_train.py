@@ -103,6 +103,7 @@ def test_log_lines(finished):
     assert re.fullmatch(r'graph ready in \d+\.\d s \(\d+ operators\)', lines[0])
 
 
+@pytest.mark.parametrize('finished', [SEARCH, TRAIN, pytest.param(IMAGENET, marks=pytest.mark.slow)], indirect=True)
 def test_stopped_by_sigterm_and_resumed_equals_uninterrupted(tmp_path, finished, commands):
     """Stopped is a real process; the other two runs are in this one."""
     script, uninterrupted, _ = finished

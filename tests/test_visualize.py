@@ -180,10 +180,12 @@ OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1),
 def test_a_search_of_another_space(tmp_path, run, monkeypatch, space):
     tables = np.random.default_rng(1).normal(size=(3, 2, space.edges, len(space.primitives)))
     (tmp_path / 'history.jsonl').write_text(''.join(history_lines(tables, space)))
-    epochs = visualize.read_history(str(tmp_path / 'history.jsonl'))
-    figure = visualize.draw_alphas(epochs)
+    epochs, draw, figures = visualize.read_history(str(tmp_path / 'history.jsonl')), visualize.draw_alphas, []
+    monkeypatch.setattr(visualize, 'draw_alphas', lambda epochs: figures.append(draw(epochs)) or figures[0])
+    monkeypatch.setattr(visualize, 'animate', lambda epochs: b'')
+    assert run(tmp_path)[0] == 0 and (tmp_path / 'alphas.pdf').read_bytes().startswith(b'%PDF')
+    figure, = figures
     legend, = figure.legends
-    figure.savefig(io.BytesIO())
     assert 0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= figure.bbox.width
     assert [text.get_text() for text in legend.get_texts()] == [*space.primitives, f'1/{len(space.primitives)}']
     assert [line.get_color() for line in legend.legend_handles][:-1] == [*map(visualize.colour_of, space.primitives)]
@@ -192,8 +194,6 @@ def test_a_search_of_another_space(tmp_path, run, monkeypatch, space):
         assert min(axes.get_window_extent().height for axes in part.axes) > 0.5 * figure.dpi, 'panels are too flat'
         table = np.array([epoch.weights[kind][-1] for epoch in epochs])
         assert (np.array([line.get_ydata() for line in part.axes[-1].lines[:-1]]) == table.T).all()
-    monkeypatch.setattr(visualize, 'animate', lambda epochs: b'')
-    assert run(tmp_path)[0] == 0 and (tmp_path / 'alphas.pdf').read_bytes().startswith(b'%PDF')
 
 
 def test_lines_of_different_spaces_are_refused(tmp_path, run):
@@ -238,7 +238,7 @@ def test_durations_of_short_and_long_searches(monkeypatch, epochs, durations):
     assert saved['duration'] == durations and len(saved['append_images']) == epochs - 1
 
 
-@pytest.mark.parametrize('epochs, spread', [(1, 0.01), (5, 3.0), (50, 0.01)])
+@pytest.mark.parametrize('epochs, spread', [(1, 0.01), (50, 3.0)])
 def test_the_chart_has_the_values_of_alpha(tmp_path, monkeypatch, run, epochs, spread):
     (tmp_path / 'history.jsonl').write_text(''.join(history_lines(spread * TABLES[:epochs])))
     history, draw, figures = visualize.read_history(str(tmp_path / 'history.jsonl')), visualize.draw_alphas, []
