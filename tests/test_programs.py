@@ -1,9 +1,11 @@
 """The store of vectors, and the simplification of programs by functions of Paddle that are not public."""
+import sys
+
 import numpy as np
 import paddle
 import pytest
 
-from engine.programs import VariableStore
+from engine.programs import StaticProgram, VariableStore
 from model_search import Supernet
 
 
@@ -25,6 +27,25 @@ def test_state_holds_saved_vectors_and_host_state_and_is_restored():
     assert store.get('saved').tobytes() == saved.tobytes()
     assert store.host_state == {'steps': 3, 'rate': 0.1} and type(store.host_state['steps']) is int
     assert not store.get('unsaved').any()
+
+
+@pytest.mark.parametrize('limit', [None, 100])
+def test_call_stacks_are_short_during_the_construction_only(monkeypatch, limit):
+    monkeypatch.delattr(sys, 'tracebacklimit', raising=False)
+    if limit:
+        monkeypatch.setattr(sys, 'tracebacklimit', limit, raising=False)
+    store, limits = VariableStore(paddle.CPUPlace()), []
+
+    def build():
+        limits.append(sys.tracebacklimit)
+        return [store.input('x', [2]) + 1.0]
+
+    def fail():
+        raise ArithmeticError
+    assert (StaticProgram(store, build)(x=np.ones(2, 'float32'))[0] == 2).all()
+    with pytest.raises(ArithmeticError):
+        StaticProgram(store, fail)
+    assert limits == [8] and getattr(sys, 'tracebacklimit', None) == limit
 
 
 @pytest.mark.skipif(paddle.__version__.startswith('2.'), reason="programs of Paddle 2 are not simplified")
