@@ -278,11 +278,12 @@ def test_genotypes_outside_of_the_space_are_not_ranked(tmp_path, scripts, evalua
     assert len(evaluations) == 2 * 2
 
 
-def test_a_search_without_its_folder_is_found_before_the_trainings(tmp_path, scripts):
+def test_searches_without_their_folders_are_found_before_the_trainings(tmp_path, scripts):
     assert compare(tmp_path / 'first', '--random', 0, '--genotypes').returncode == 0
     count = len(scripts)
     done = compare(tmp_path / 'second', '--results', tmp_path / 'first' / 'results.jsonl', '--supernet_ranking')
-    runs.assert_one_line(done, 'search_second_0 has none: restore the folder, or leave out --supernet_ranking')
+    runs.assert_one_line(done, 'no supernet has ranked a genotype; restore the folders')
+    assert 'search_second_0 has none' in done.stdout
     assert len(scripts) == count
 
 
@@ -292,9 +293,9 @@ def test_searches_without_trainings_give_their_table_only(tmp_path, scripts):
     assert '| second' in done.stdout and 'random' not in done.stdout
 
 
-def test_a_lost_checkpoint_leaves_out_new_genotypes_only(tmp_path, scripts, evaluations, monkeypatch):
+def test_a_lost_checkpoint_leaves_out_what_it_would_rank(tmp_path, scripts, evaluations, monkeypatch):
     ranked = ['--supernet_ranking', '--genotypes', 'DARTS_V1', '--random']
-    assert compare(tmp_path, *ranked, 0).returncode == 0
+    assert compare(tmp_path, *ranked, 0, '--search_seeds', 1).returncode == 0
     count = len(evaluations)
 
     def lost(folder):
@@ -302,7 +303,8 @@ def test_a_lost_checkpoint_leaves_out_new_genotypes_only(tmp_path, scripts, eval
     monkeypatch.setattr(compare_genotypes.supernet_ranking, 'last_checkpoint', lost)
     done = compare(tmp_path, *ranked, 1)
     assert done.returncode == 0 and len(evaluations) == count
-    assert 'search_second_1: not ranked by this supernet: random_0 (it is lost)' in done.stdout
+    assert 'search_second_1: not ranked by this supernet: second_0, random_0 (it is lost)' in done.stdout
+    assert 'search_second_0: not ranked by this supernet: second_0, second_1, DARTS_V1, random_0' in done.stdout
 
 
 def test_custom_data_are_settings_of_a_run(tmp_path, scripts):

@@ -205,7 +205,7 @@ def test_weights_and_images_are_those_of_the_search(tmp_path, data, compiled, pa
 
 
 def test_folders_that_are_no_finished_search(tmp_path, data):
-    with pytest.raises(UserError, match='needs the last checkpoint of the search, and .*missing has none'):
+    with pytest.raises(UserError, match='its last checkpoint is needed, and .*missing has none'):
         supernet_ranking.FinishedSearch(str(tmp_path / 'missing'))
     tiny_search(tmp_path / 'run', epochs=1)
     path = tmp_path / 'run' / runs.checkpoint_names(tmp_path / 'run')[-1]

@@ -155,11 +155,11 @@ def train(args, results: Results, group: str, name: str, genotype: Genotype, see
     return row_of(line, group)
 
 
-def rank(args, results: Results, line: dict, known: dict[str, Genotype]) -> None:
+def rank(args, results: Results, line: dict, known: dict[str, Genotype]) -> bool:
     """Evaluates genotypes inside the supernet of a search, those that have no line yet; line: of the search.
 
-    known: {name: genotype}; those outside of the search space are left out. Raises UserError for a search without a
-    checkpoint that has ranked none of them before.
+    known: {name: genotype}; those outside of the search space are left out, and without the last checkpoint of the
+    search all that have no line. Returns whether there is a line of one of them.
     """
     name, seed = line['name'], line['seed']
     folder = folder_of(args, 'search', name, seed)
@@ -169,14 +169,12 @@ def rank(args, results: Results, line: dict, known: dict[str, Genotype]) -> None
     missing = {each: genotype for each, genotype in inside.items()
                if not results.find('supernet', name, seed, settings, genotype, each)}
     if not missing:
-        return
+        return bool(inside)
     try:
         supernet_ranking.last_checkpoint(folder)
     except UserError as error:
-        if len(missing) == len(inside):
-            raise
         print(f"{folder}: not ranked by this supernet: {', '.join(missing)} ({error})", flush=True)
-        return
+        return len(missing) < len(inside)
     finished = supernet_ranking.FinishedSearch(folder, args.data, args.ranking_images)
     for genotype_name, genotype in missing.items():
         began = time.time()
@@ -186,6 +184,7 @@ def rank(args, results: Results, line: dict, known: dict[str, Genotype]) -> None
         results.add({'kind': 'supernet', 'name': name, 'seed': seed, 'settings': settings,
                      'genotype': genotype._asdict(), 'genotype_name': genotype_name,
                      'seconds': round(time.time() - began, 3), **result})
+    return True
 
 
 def load_genotypes(args) -> dict[str, Genotype]:
@@ -365,8 +364,10 @@ def main() -> None:
             reason = supernet_ranking.why_outside(space_of(args), genotype)
             if reason:
                 print(f"{name} is not ranked by the supernets: {reason}", flush=True)
-        for line in searches:                          # before the trainings, which take hours
-            rank(args, results, line, everything)
+        # Before the trainings, which take hours.
+        if not any([rank(args, results, line, everything) for line in searches]):
+            raise UserError("--supernet_ranking: no supernet has ranked a genotype; restore the folders of the "
+                            "searches, or leave out --supernet_ranking")
     if not args.train_seeds:
         print('\n'.join(report.method_table(searches)))
         return

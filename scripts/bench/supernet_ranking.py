@@ -90,8 +90,7 @@ def last_checkpoint(folder: str) -> str:
     names = [name for name in os.listdir(folder) if name.startswith('checkpoint-') and name.endswith('.npz')] \
         if os.path.isdir(folder) else []
     if not names:
-        raise UserError(f"--supernet_ranking needs the last checkpoint of the search, and {folder} has none: restore "
-                        "the folder, or leave out --supernet_ranking")
+        raise UserError(f"its last checkpoint is needed, and {folder} has none")
     return os.path.join(folder, max(names))
 
 
