@@ -10,6 +10,7 @@ from engine import custom_ops
 from engine.optimizers import MomentumSGD
 from genotypes import DARTS_SPACE, SearchSpace
 from model_search import Supernet
+from operator_sets import on_both_operator_sets
 from reference import supernet as reference
 
 XI, MU, LAMBDA, CLIP = 0.2, 0.9, 3e-2, 5.0
@@ -123,13 +124,9 @@ def test_second_order_gradient_is_the_derivative_of_the_unrolled_loss(make, monk
 # ---------------------------------------------------------------------------------------------------
 # The steps in numpy
 
-@pytest.mark.parametrize('operators, space, partial', [
-    pytest.param(compiled, *case, id=f"{'custom_ops' if compiled else 'paddle_ops'}-{name}",
-                 marks=[pytest.mark.slow] if name == 'partial_channels' and not compiled else [])
-    for compiled in (False, True) for name, case in {
-        'darts': (DARTS_SPACE, 1), 'partial_channels': (DARTS_SPACE, 2),
-        '3_nodes': (SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3), 1)}.items()],
-    indirect=['operators'])
+@on_both_operator_sets('space, partial', {
+    'darts': (DARTS_SPACE, 1), 'partial_channels': (DARTS_SPACE, 2),
+    '3_nodes': (SearchSpace(('sep_conv_3x3', 'max_pool_3x3', 'skip_connect'), 3), 1)}, slow=['partial_channels'])
 def test_the_steps_of_the_paper_on_the_reference_network(make, space, partial):
     """Steps 1 to 6 for weights by name, with the r of the paper."""
     rng = np.random.default_rng(6)

@@ -12,6 +12,7 @@ from engine import custom_ops
 from engine.optimizers import MomentumSGD
 from genotypes import DARTS_SPACE, SearchSpace
 from model_search import Supernet
+from operator_sets import on_both_operator_sets
 from reference import supernet as reference
 from utils import UserError
 
@@ -59,10 +60,8 @@ def assert_equals_reference(supernet, weights, alphas, batch, channels, layers, 
 
 
 # 3 layers: a normal and two reduction cells; 4: a normal cell after a reduction cell too; 6: normal after normal too.
-@pytest.mark.parametrize('operators, channels, layers, image_size', [
-    pytest.param(compiled, *size, id='-'.join(map(str, ('custom_ops' if compiled else 'paddle_ops', *size))),
-                 marks=[pytest.mark.slow] if size[1] > 3 and not compiled else [])
-    for compiled in (False, True) for size in ((2, 3, 8), (4, 4, 16), (2, 6, 8))], indirect=['operators'])
+@on_both_operator_sets('channels, layers, image_size', {
+    '2-3-8': (2, 3, 8), '4-4-16': (4, 4, 16), '2-6-8': (2, 6, 8)}, slow=['4-4-16', '2-6-8'])
 def test_loss_and_all_gradients_equal_the_reference(supernet_of, channels, layers, image_size):
     supernet = supernet_of(channels, CLASSES, layers, 'float64', image_size=image_size)
     weights, alphas, batch = randomize(supernet)
@@ -82,11 +81,8 @@ SPACES = {'without_none': (PRIMITIVES[1:], 4), 's2': (('skip_connect', 'sep_conv
           'only_skip_connect': (('none', 'skip_connect'), 2)}
 
 
-@pytest.mark.parametrize('operators, name', [
-    pytest.param(compiled, name, id=f"{'custom_ops' if compiled else 'paddle_ops'}-{name}",
-                 marks=[] if compiled or name not in ('without_none', 'reversed', '3_nodes', '5_nodes') else
-                 [pytest.mark.slow])
-    for compiled in (False, True) for name in SPACES], indirect=['operators'])
+@on_both_operator_sets('name', {name: [name] for name in SPACES},
+                       slow=['without_none', 'reversed', '3_nodes', '5_nodes'])
 def test_loss_and_all_gradients_in_another_search_space(operators, name):
     space = SearchSpace(*SPACES[name])
     supernet = Supernet(2, CLASSES, 3, 'float64', image_size=8, space=space)
@@ -102,15 +98,13 @@ def test_loss_and_all_gradients_in_another_search_space(operators, name):
 
 
 # Partial channels K, channels, layers, name of the space. With Paddle's operators most of them take long.
-PARTIAL = ((2, 4, 4, None), (4, 8, 3, None), (4, 4, 3, '3_nodes'), (2, 6, 3, 'with_sep_conv_7x7'), (2, 2, 3, '1_node'),
-           (2, 4, 3, 's2_reversed'), (3, 6, 3, 'one_pool'), (2, 2, 3, 'only_skip_connect'),
-           (2, 4, 3, 'one_convolution'))
+PARTIAL = {'-'.join(map(str, case)): case for case in (
+    (2, 4, 4, None), (4, 8, 3, None), (4, 4, 3, '3_nodes'), (2, 6, 3, 'with_sep_conv_7x7'), (2, 2, 3, '1_node'),
+    (2, 4, 3, 's2_reversed'), (3, 6, 3, 'one_pool'), (2, 2, 3, 'only_skip_connect'), (2, 4, 3, 'one_convolution'))}
 
 
-@pytest.mark.parametrize('operators, partial, channels, layers, name', [
-    pytest.param(compiled, *case, id='-'.join(map(str, ('custom_ops' if compiled else 'paddle_ops', *case))),
-                 marks=[] if compiled or case[3] in ('s2_reversed', 'one_pool') else [pytest.mark.slow])
-    for compiled in (False, True) for case in PARTIAL], indirect=['operators'])
+@on_both_operator_sets('partial, channels, layers, name', PARTIAL,
+                       slow=set(PARTIAL) - {'2-4-3-s2_reversed', '3-6-3-one_pool'})
 def test_partial_channels(operators, partial, channels, layers, name):
     primitives, nodes = SPACES[name] if name else (PRIMITIVES, 4)
     supernet = Supernet(channels, CLASSES, layers, 'float64', image_size=8, space=SearchSpace(primitives, nodes),

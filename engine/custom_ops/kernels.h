@@ -471,7 +471,7 @@ struct Rectified : Plain {
   }
 };
 // The result is the gradient of relu(x): writes (with add: adds) that of x. x and the result have the same layout. The
-// next line of each row is prefetched: the prefetchers of the processor do not follow so many planes at once.
+// next line of each row is prefetched, as the processor itself does not prefetch from so many planes at once.
 template <typename T>
 struct ThroughRelu : Plain {
   const T *x, *result;
