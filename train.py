@@ -15,11 +15,11 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
+import utils                       # first: it reports a missing package in one line
 import numpy as np
 
 import genotypes
 import reader
-import utils
 from engine import distributed, trainer
 from engine.checkpoint import Run, read_weights, write_arrays
 from engine.console import log

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import functools
 
+import utils                       # first: it reports a missing package in one line
 import imagenet_reader
-import utils
 from engine import distributed, trainer
 from engine.workers import Workers
 from model import NetworkImageNet

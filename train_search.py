@@ -19,12 +19,12 @@ import math
 import os
 import time
 
+import utils                       # first: it reports a missing package in one line
 import numpy as np
 
 import genotypes
 import operations
 import reader
-import utils
 from architect import CURVATURE_LIMIT, Architect
 from engine import distributed, trainer
 from engine.checkpoint import Run, read_weights

@@ -14,8 +14,22 @@ from typing import Any, Callable, TextIO
 VERSION = '0.2.0'                  # of this project, as in pyproject.toml; recorded in every checkpoint
 
 
+INSTALLATION = "bash scripts/setup.sh installs it, and source .venv/bin/activate selects that environment"
+
+
 class UserError(Exception):
     """A mistake that the user can correct: the message states what failed, the cause and the remedy."""
+
+
+def _report_missing_package(kind: type, error: BaseException, traceback: Any) -> None:
+    """Is sys.excepthook, because `run` starts after the imports: a package that is not installed takes one line."""
+    if issubclass(kind, ModuleNotFoundError):
+        print(f"error: {error}: {INSTALLATION}", file=sys.stderr)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _report_missing_package
 
 
 # ---------------------------------------------------------------------------------------------------

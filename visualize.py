@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import utils                       # first: it reports a missing package in one line
 import graphviz
 import numpy as np
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
 import genotypes
-import utils
 from genotypes import Genotype, SearchSpace
 from utils import UserError
 

@@ -2,8 +2,9 @@
 
 It knows no genotype, data set or network: it imports `utils` and itself, nothing else of the project.
 
-This file is the only place of the project where importing has side effects on the process. They have to come before the
-first `import paddle`, so a module that uses Paddle imports something of `engine` first:
+Importing this file has side effects on the process, as no other file of the project has, but for the error hook of
+utils.py. They have to come before the first `import paddle`, so a module that uses Paddle imports something of `engine`
+first:
 
 * Paddle's C++ library reports its start-up at log level INFO and WARNING: silenced unless GLOG_minloglevel is set.
 * Paddle's Python code raises deprecation warnings against itself, Pillow warns of damaged metadata and of large images:
@@ -31,6 +32,8 @@ import os
 import sys
 import warnings
 import zlib  # noqa: F401  see above
+
+import utils
 
 OMP_NUM_THREADS: str = os.environ.get('OMP_NUM_THREADS', '')
 
@@ -66,7 +69,7 @@ def _exit_without_paddle(error: Exception) -> None:
         remedy = ("a library of the system is missing: bash scripts/setup.sh installs a Paddle that brings its own; "
                   "Paddle 2.6 for GPUs needs CUDA 11.8 and cuDNN 8.6 in LD_LIBRARY_PATH")
     else:
-        remedy = "bash scripts/setup.sh installs it, and source .venv/bin/activate selects that environment"
+        remedy = utils.INSTALLATION
     print(f"error: Paddle cannot be imported ({reason}): {remedy}", file=sys.stderr)
     sys.exit(2)
 

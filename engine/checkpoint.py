@@ -27,6 +27,7 @@ FREE_FLAGS = {'data', 'data_dir', 'model_save_dir', 'report_freq', 'save_freq', 
 # Flags that older checkpoints of this version lack, with the value that they stand for.
 ADDED_FLAGS = {'partial_channels': 1, 'arch_start_epoch': 0}
 KEPT_CHECKPOINTS = 2
+RESULTS = 'genotype.json', 'best.npz', 'last.npz'      # of a run; they outlive checkpoints that a user removes
 METADATA = 'about'                 # the entry of an .npz that holds the metadata, named so since version 0.1
 
 
@@ -54,7 +55,7 @@ class Run:
 
     args: the parsed flags of the script; args.resume is set to False when there is no checkpoint to resume from, as in
     a job that is started again before its first checkpoint. Raises UserError when the folder cannot be written, when
-    another run is active in it, and when it holds a run and args.resume is not set. Only rank 0 writes.
+    another run is active in it, and when it holds a run or its results and args.resume is not set. Only rank 0 writes.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -71,6 +72,10 @@ class Run:
             if existing and not args.resume:
                 raise UserError(f"{self.folder} already holds a run: continue it with --resume, "
                                 "or choose another folder with --model_save_dir")
+            results = [name for name in RESULTS if os.path.exists(self.path(name))]
+            if results and not args.resume:
+                raise UserError(f"{self.folder} already holds {results[0]}, which this run would overwrite: choose "
+                                "another folder with --model_save_dir")
             for name in os.listdir(self.folder):   # left by a run that was killed while it wrote a checkpoint
                 if name.startswith('checkpoint-') and name.endswith('.npz.part'):
                     os.remove(self.path(name))

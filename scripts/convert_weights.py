@@ -19,11 +19,11 @@ import zipfile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import utils                       # first: it reports a missing package in one line
 import numpy as np
 
 import genotypes
 import operations
-import utils
 from engine import checkpoint
 from genotypes import DARTS_SPACE, SearchSpace
 from model import network_of, shape_of

@@ -23,10 +23,10 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'scripts', 'dev')]
 
+import utils                       # first: it reports a missing package in one line
 import numpy as np
 
 import genotypes
-import utils
 from utils import UserError
 
 # Modules that import Paddle are imported in functions: a comparison does without, and so takes a fraction of a second.

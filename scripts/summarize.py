@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import genotypes  # noqa: E402
-import utils  # noqa: E402
-import visualize  # noqa: E402
-from utils import UserError  # noqa: E402
+import utils                       # first: it reports a missing package in one line
+import genotypes
+import visualize
+from utils import UserError
 
 PICTURES = {'genotype.png': 'both cells', 'networks.gif': 'the search, one frame per epoch',
             'alphas.png': 'mixing weights over the epochs'}

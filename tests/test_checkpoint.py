@@ -75,6 +75,12 @@ def test_settings_and_the_state_of_the_folder_are_checked(tmp_path):
     open_run(tmp_path / 'run', True, batch_size=3, momentum=0.9, report_freq=2).restore(task_with())
     with pytest.raises(utils.UserError, match='already holds a run: continue it with --resume, or choose another'):
         open_run(tmp_path / 'run')
+    for name in ('genotype.json', 'best.npz'):                      # drawn by --random; checkpoints removed by the user
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).write_text('kept')
+        with pytest.raises(utils.UserError, match=f'already holds {name}, which this run would overwrite: choose'):
+            open_run(tmp_path / name[:4])
+        assert (tmp_path / name[:4] / name).read_text() == 'kept'
     (tmp_path / 'file').write_text('')
     with pytest.raises(utils.UserError, match='cannot write to .*/file/run: Not a directory'):
         open_run(tmp_path / 'file' / 'run')

@@ -21,6 +21,18 @@ TINY = ['--use_gpu', 'False', '--dataset', 'fashion_mnist_sample', '--layers', '
         '--batch_size', '1000', '--epochs', '1', '--auxiliary', 'False']
 
 
+# --- The environment
+
+@pytest.mark.paddle_free
+@pytest.mark.parametrize('script', ['train_search.py', 'train.py', 'train_imagenet.py', 'visualize.py',
+                                    'scripts/convert_weights.py', 'scripts/gpu_check.py', 'scripts/summarize.py',
+                                    'scripts/bench/compare_genotypes.py', 'scripts/bench/figures.py'])
+def test_an_interpreter_without_the_packages_is_one_line(script):
+    done = subprocess.run([sys.executable, '-S', script, '--help'], cwd=ROOT, text=True, capture_output=True)
+    line, = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: No module named '") and 'source .venv/bin/activate' in line
+
+
 # --- Flags
 
 def test_a_boolean_flag_without_a_value_means_true():

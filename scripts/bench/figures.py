@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
+import utils                       # first: it reports a missing package in one line
 import report
-import utils
 from results import Experiment, read_experiment
 from utils import UserError
 from visualize import FORMATS, FRAME, GREY, INK, import_figure
