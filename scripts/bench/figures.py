@@ -65,9 +65,11 @@ def draw_accuracy(experiment: Experiment) -> matplotlib.figure.Figure:
     scatter, means = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     scatter.set_label('genotypes')
     means.set_label('groups')
-    prepare(scatter, 'genotypes: mean and standard deviation over training seeds')
     prepare(means, 'groups: mean and 95 % interval')
     rows = report.with_searched(experiment.rows, experiment.methods)
+    seeds = len({row['seed'] for row in rows})
+    prepare(scatter, f'genotypes: mean and standard deviation over {seeds} training seeds' if seeds > 1 else
+            'genotypes: one training each')
     groups = list(dict.fromkeys(row['group'] for row in rows))
     handles = []
     for number, group in enumerate(groups):
