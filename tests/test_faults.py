@@ -64,7 +64,7 @@ def test_damaged_checkpoints_end_in_an_error_or_the_right_arrays():
 
 
 @pytest.mark.paddle_free                    # in many processes, so on one version
-@pytest.mark.parametrize('count', [1, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_damaged_files_of_every_format_end_in_an_error_or_a_right_result(count):
     output = run_well('scripts/dev/fuzz_readers.py', '--count', str(count))
     for name in ('checkpoint (.npz)', 'weights (.npz), inside', 'checkpoint of a supernet (.npz)', 'genotype.json',

@@ -281,7 +281,8 @@ KILL = 'os.kill(os.getpid(), signal.SIGKILL)'
 SEND_A_PART = "os.write(multiprocessing.current_process()._args[1]._writer.fileno(), b'\\0\\0\\1\\0of 256 bytes')"
 
 
-@pytest.mark.parametrize('death, reason', [('os._exit(7)', 'exit code 7'), (KILL, 'signal SIGKILL'),
+@pytest.mark.parametrize('death, reason', [('os._exit(7)', 'exit code 7'),
+                                           pytest.param(KILL, 'signal SIGKILL', marks=pytest.mark.slow),
                                            (f'{SEND_A_PART}; {KILL}', 'signal SIGKILL')])
 def test_the_death_of_a_worker_is_an_error_with_its_reason(death, reason):
     began = time.time()

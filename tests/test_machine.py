@@ -43,7 +43,8 @@ def passes_by_hand(channels, layers):
     return {'weights': weights + 3 * 10 * c_prev, 'alphas': alphas + 2 * 10 * c_prev}
 
 
-@pytest.mark.parametrize('channels, layers', [(2, 3), pytest.param(4, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('channels, layers', [     # Paddle 2.6 takes half a minute for the larger one
+    (2, 3), pytest.param(4, 5, marks=[pytest.mark.slow, pytest.mark.paddle_free])])
 def test_arithmetic_of_a_search_step_is_that_of_its_five_passes(channels, layers):
     counts = passes_by_hand(channels, layers)
     assert machine.passes('search', channels, layers) == counts
@@ -159,8 +160,10 @@ def test_the_phases_are_percentages_of_all_threads(compiled, task, settings):
     percent = side.answer['percent']
     assert {'pad', 'depthwise', 'pointwise', 'normalisation', "Paddle's own operators", 'host'} <= set(percent)
     assert sum(percent.values()) == pytest.approx(100)
-    # The host has the rest. It can be negative: Paddle's own operators are timed in other steps than the phases.
-    assert all(0 <= value < 100 for phase, value in percent.items() if phase != 'host') and percent['depthwise'] > 1
+    # Paddle's own operators are timed in another step than the phases, which may have been a slower one, and the host
+    # has the rest, which can be negative then.
+    own, _ = percent.pop("Paddle's own operators"), percent.pop('host')
+    assert own > 0 and all(0 <= value < 100 for value in percent.values()) and percent['depthwise'] > 1
 
 
 def test_phases_of_a_library_without_them_are_an_error(monkeypatch):

@@ -176,7 +176,7 @@ OTHER_SPACES = [genotypes.SearchSpace(('skip_connect', 'conv_1x1'), 1),
                 genotypes.SearchSpace(('none', 'skip_connect', 'sep_conv_3x3'), 5)]
 
 
-@pytest.mark.parametrize('space', OTHER_SPACES, ids=str)
+@pytest.mark.parametrize('space', [*OTHER_SPACES[:3], pytest.param(OTHER_SPACES[3], marks=pytest.mark.slow)], ids=str)
 def test_a_search_of_another_space(tmp_path, run, monkeypatch, space):
     tables = np.random.default_rng(1).normal(size=(3, 2, space.edges, len(space.primitives)))
     (tmp_path / 'history.jsonl').write_text(''.join(history_lines(tables, space)))
