@@ -30,6 +30,9 @@ def test_welch_by_hand():
     assert found['difference'] == -3.5 and found['t'] == pytest.approx(-3.5 / math.sqrt(variance))
     assert found['df'] == pytest.approx(variance ** 2 / ((5 / 12) ** 2 / 3 + 2 ** 2 / 4))
     assert found['p'] == pytest.approx(two_sided_p(found['t'], found['df']), abs=1e-8)
+    for bound in (found['low'], found['high']):          # a difference of that size would have p 0.05
+        assert two_sided_p((-3.5 - bound) / math.sqrt(variance), found['df']) == pytest.approx(0.05, abs=1e-8)
+    assert found['low'] < -3.5 < found['high']
 
 
 def test_paired_by_hand():
@@ -38,6 +41,8 @@ def test_paired_by_hand():
     assert (found['difference'], found['df']) == (0.75, 3)
     assert found['t'] == pytest.approx(0.75 / math.sqrt(4.75 / 3 / 4))
     assert found['p'] == pytest.approx(two_sided_p(found['t'], 3), abs=1e-8)
+    half = 3.182446 * math.sqrt(4.75 / 3 / 4)                                                # a table's t, df 3
+    assert (found['low'], found['high']) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
 
 
 def test_summary_by_hand():
@@ -58,14 +63,17 @@ def test_the_seeds_of_a_training_are_averaged_first():
     assert '| a | 2 | 83.00 | 2.83 | 57.59 to 108.41 | 81.00 | 85.00 |' in report.group_table(rows)
     line = report.test_table(rows, [('a', 'random')], [])[-1]
     expected = report.welch([81, 85], [71, 75])
-    assert line == f"| Welch's: a − random | 2 and 2 | +10.00 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
+    interval = '{low:.2f} to {high:.2f}'.format(**expected)
+    assert line == (f"| Welch's: a − random | 2 and 2 | +10.00 | {interval} | {expected['t']:.2f} | 2.0 "
+                    f"| {expected['p']:.3g} |")
 
 
 def test_methods_are_paired_by_the_seed_of_the_search():
     rows = rows_of('a', a_10=[5], a_2=[7], a_1=[9], a_7=[99]) + rows_of('b', b_1=[8], b_2=[5], b_10=[4])
     line = report.test_table(rows, [], [('a', 'b')])[-1]
     expected = report.paired([9, 7, 5], [8, 5, 4])
-    assert line == f"| paired: a − b | 3 pairs | +1.33 | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
+    interval = '{low:.2f} to {high:.2f}'.format(**expected)
+    assert line == f"| paired: a − b | 3 pairs | +1.33 | {interval} | {expected['t']:.2f} | 2.0 | {expected['p']:.3g} |"
 
 
 def test_too_few_genotypes_for_a_test():

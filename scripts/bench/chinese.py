@@ -21,7 +21,7 @@ TERMS = {
     'genotypes': 'genotype', 'seed': '种子', 'test top-1': '测试 top-1', 'top-1': 'top-1', 'weights': '参数量',
     'multiply-adds': '乘加', 'mean': '均值', 'standard deviation': '标准差',
     '95 % interval of the mean': '均值的 95% 区间', 'lowest': '最低', 'highest': '最高', 'test': '检验',
-    'difference': '差', 'points': '百分点', "Welch's": 'Welch 检验', 'paired': '配对检验',
+    'difference': '差', '95 % interval': '95% 区间', 'points': '百分点', "Welch's": 'Welch 检验', 'paired': '配对检验',
     'top-1 with': 'top-1 与', 'number of weights': '参数量', 'all': '全部', 'random': '随机', 'published': '已发表',
     'random-of-size': '随机（参数量相同）', 'searched': '搜索得到（合计）', 'degrees of freedom': '自由度',
     'a correlation needs at least three genotypes that differ': '至少需要三个不同的 genotype',

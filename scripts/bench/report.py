@@ -65,7 +65,10 @@ def summary(values: list[float]) -> dict:
 
 
 def welch(a: list[float], b: list[float]) -> dict:
-    """Welch's test of equal means of two independent groups, two-sided: difference of the means, t, df, p."""
+    """Welch's test of equal means of two independent groups, two-sided.
+
+    Returns the difference of the means, low and high, its 95 % interval, and t, df and p.
+    """
     if min(len(a), len(b)) < 2 or not statistics.pvariance(a) + statistics.pvariance(b):
         raise ValueError("Welch's test needs two groups of at least two genotypes that differ")
     return _as_dict(a, b, import_scipy().ttest_ind(a, b, equal_var=False))
@@ -106,9 +109,10 @@ def seed_noise(rows: list[dict]) -> dict:
 
 
 def _as_dict(a: list[float], b: list[float], result) -> dict:
-    """Returns the difference of the means of a and b, and t, df and p of scipy's result of a test."""
-    return {'difference': statistics.mean(a) - statistics.mean(b), 't': float(result.statistic),
-            'df': float(result.df), 'p': float(result.pvalue)}
+    """Returns the difference of the means of a and b, and the numbers of scipy's result of a test, as of `welch`."""
+    low, high = map(float, result.confidence_interval(0.95))
+    return {'difference': statistics.mean(a) - statistics.mean(b), 'low': low, 'high': high,
+            't': float(result.statistic), 'df': float(result.df), 'p': float(result.pvalue)}
 
 
 def method_table(searches: list[dict]) -> list[str]:
@@ -170,7 +174,8 @@ def test_table(rows: list[dict], compared: list[tuple], pairs: list[tuple]) -> l
     compared: pairs of groups; pairs: pairs of searched groups, whose genotypes NAME_SEED are paired by the seed of the
     search.
     """
-    lines = ['| test | n | difference, points | t | df | p |', '| --- | --- | --- | --- | --- | --- |']
+    lines = ['| test | n | difference, points | 95 % interval | t | df | p |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
     for test, (first, second) in [*((welch, pair) for pair in compared), *((paired, pair) for pair in pairs)]:
         a, b = (values_of(rows, group) for group in (first, second))
         if test is paired:
@@ -179,10 +184,10 @@ def test_table(rows: list[dict], compared: list[tuple], pairs: list[tuple]) -> l
             a, b = ({seed: values[seed] for seed in seeds} for values in (a, b))
         count = f'{len(a)} pairs' if test is paired else f'{len(a)} and {len(b)}'
         try:
-            result = '{difference:+.2f} | {t:.2f} | {df:.1f} | {p:.3g}'.format(**test(list(a.values()),
-                                                                                   list(b.values())))
+            result = '{difference:+.2f} | {low:.2f} to {high:.2f} | {t:.2f} | {df:.1f} | {p:.3g}'.format(
+                **test(list(a.values()), list(b.values())))
         except ValueError as error:
-            result = f'{error} | | |'
+            result = f'{error} | | | |'
         name = 'paired' if test is paired else "Welch's"
         lines.append(f"| {name}: {first} − {second} | {count} | {result} |")
     return lines if len(lines) > 2 else []
