@@ -12,8 +12,6 @@ import time
 from typing import Any, Callable, TextIO
 
 VERSION = '0.2.0'                  # of this project, as in pyproject.toml; recorded in every checkpoint
-
-
 INSTALLATION = "bash scripts/setup.sh installs it, and source .venv/bin/activate selects that environment"
 
 
@@ -22,8 +20,11 @@ class UserError(Exception):
 
 
 def _report_missing_package(kind: type, error: BaseException, traceback: Any) -> None:
-    """Is sys.excepthook, because `run` starts after the imports: a package that is not installed takes one line."""
-    if issubclass(kind, ModuleNotFoundError):
+    """Is sys.excepthook, because `run` starts after the imports: a package that is not installed takes one line.
+
+    A module that an installed package lacks is no mistake of the user.
+    """
+    if isinstance(error, ModuleNotFoundError) and '.' not in (error.name or '.'):
         print(f"error: {error}: {INSTALLATION}", file=sys.stderr)
         sys.exit(2)
     sys.__excepthook__(kind, error, traceback)

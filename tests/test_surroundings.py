@@ -33,6 +33,13 @@ def test_an_interpreter_without_the_packages_is_one_line(script):
     assert done.returncode == 2 and line.startswith("error: No module named '") and 'source .venv/bin/activate' in line
 
 
+@pytest.mark.paddle_free
+def test_a_module_that_a_package_lacks_has_its_traceback():
+    done = subprocess.run([sys.executable, '-S', '-c', 'import utils, json.nothing'], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith('Traceback') and 'setup.sh' not in done.stderr
+
+
 # --- Flags
 
 def test_a_boolean_flag_without_a_value_means_true():
@@ -243,7 +250,7 @@ def test_the_compiler_may_have_arguments(monkeypatch, caplog, cache, compiler, r
 def test_the_operators_are_compiled_into_a_folder_with_a_difficult_name(monkeypatch, cache):
     """With arguments for the compiler, by a project in such a folder, and in a new process that loads them."""
     monkeypatch.setenv('CXX', 'g++ -pipe')
-    monkeypatch.setenv('CXXFLAGS', '-O0')   # after -O3: a third of the time
+    monkeypatch.setenv('CXXFLAGS', '-O0')   # after -O3: less than half of the time
     project = cache / 'project'
     shutil.copytree(Path(ROOT) / 'engine', project / 'engine')
     shutil.copy(Path(ROOT) / 'utils.py', project)
