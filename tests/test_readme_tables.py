@@ -99,6 +99,12 @@ def test_a_result_without_avx512(folder):
         '`python scripts/bench/benchmark.py search_step machine --avx2`')
 
 
+def test_the_named_genotype_is_the_most_accurate_of_the_searches():
+    found = read_experiment(os.path.join(readme_tables.FOLDER, 'evidence.jsonl'))
+    best = max((row for row in found.rows if row['group'] in found.methods), key=lambda row: row['top1'])
+    assert genotypes.FASHION_MNIST == genotypes.check(best['genotype'])
+
+
 def test_numbers():
     values = {0.000123: '0.000123', 0.0999: '0.0999', 1: '1.00', 9.876: '9.88', 99.94: '99.9', 150.4: '150',
               12345.6: '12,346', 0: '0', -2.5: '-2.50'}

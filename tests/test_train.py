@@ -255,7 +255,7 @@ def test_fine_tuning_on_other_classes_loads_all_but_the_classifiers(tmp_path, co
     ([SEARCH], '--layers 2', ['layers is 2']),
     ([SEARCH, TRAIN], '--data nowhere', ['nowhere']),
     ([TRAIN, IMAGENET], '--arch RESNET', ['RESNET', 'AmoebaNet, DARTS, DARTS_PADDLE, DARTS_V1, DARTS_V2, '
-                                                    'FASHION_MNIST_0, FASHION_MNIST_1, NASNet, PC_DARTS_CIFAR, '
+                                                    'FASHION_MNIST, NASNet, PC_DARTS_CIFAR, '
                                                     'PC_DARTS_IMAGENET']),
     ([TRAIN, IMAGENET], f'--pretrained {__file__}', ['test_train.py holds no weights', 'scripts/convert_weights.py']),
     ([IMAGENET], '--data_dir nowhere', ['no ImageNet in nowhere', 'train_list.txt']),
