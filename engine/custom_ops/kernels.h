@@ -269,19 +269,21 @@ struct Geometry {
 
 // Where a dilated K x K kernel reads a padded plane. The output rows form `chains`: chain p has the rows p, p + chains,
 // p + 2 chains ... Row q of a chain and tap row i read the chain's input row q * ratio + i, so that neighbouring rows of a
-// chain share input rows.
+// chain share input rows. The centre of a kernel with an even K is the place before its middle.
 template <int K>
 struct Taps {
   int64_t columns[K];            // offsets of tap row 0, relative to the place of the output's row and column
   int64_t row, output_row;       // distances between input rows: of a chain, and of neighbouring output rows
   int64_t chains, ratio;
+  int64_t result_row;            // distance between output rows
   Taps(const Geometry& g, int64_t dilation) {
-    const int64_t first = g.padding - dilation * (K / 2);
+    const int64_t first = g.padding - dilation * ((K - 1) / 2);
     for (int j = 0; j < K; ++j) columns[j] = g.at(first, first + j * dilation);
     chains = dilation % g.stride == 0 ? dilation / g.stride : dilation;
     ratio = g.stride * chains / dilation;
     row = dilation * g.row;
     output_row = g.stride * g.row;
+    result_row = g.out_row;
   }
 };
 
@@ -350,7 +352,7 @@ template <typename T, int L, int K, int RATIO, bool ADD, int ROWS>
 inline int64_t correlate_rows(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, int64_t q,
                               int64_t count, T* out) {
   constexpr int COLUMNS = ROWS > 2 ? kRegisters / 16 : 1;
-  const int64_t out_row = taps.chains * g.out_row, in_row = taps.chains * taps.output_row;
+  const int64_t out_row = taps.chains * taps.result_row, in_row = taps.chains * taps.output_row;
   for (; q + ROWS <= count; q += ROWS) {
     int64_t c = 0;
     for (; c + COLUMNS * L <= g.out_row; c += COLUMNS * L)
@@ -365,7 +367,7 @@ inline int64_t correlate_rows(const Geometry& g, const T* in, const Taps<K>& tap
 // As `correlate`, for taps of this ratio; ADD: adds to `out`.
 template <typename T, int L, int K, int RATIO, bool ADD>
 void correlate_chains(const Geometry& g, const T* in, const Taps<K>& taps, const T* weight, T* out) {
-  for (int64_t p = 0; p < taps.chains; ++p, in += taps.output_row, out += g.out_row) {
+  for (int64_t p = 0; p < taps.chains; ++p, in += taps.output_row, out += taps.result_row) {
     const int64_t count = (g.out_h - p + taps.chains - 1) / taps.chains;
     int64_t q = correlate_rows<T, L, K, RATIO, ADD, 8>(g, in, taps, weight, 0, count, out);
     q = correlate_rows<T, L, K, RATIO, ADD, 4>(g, in, taps, weight, q, count, out);
@@ -427,33 +429,50 @@ void correlate_weights(const Geometry& g, const T* padded, const Taps<K>& taps, 
     correlate_weights<T, L, K, RATIO, FIRST + J>(g, padded, taps, gradient, weight_gradient);
 }
 
-// Adds to `padded`, a gradient in the layout of the padded input with stride 2, the products of kernel and gradient of
-// the output, at all places inside of the border. Such a place is read by every second tap of a row and column of the
-// kernel. bordered: memory for the output's gradient, with a border of 0 left and right, which stays 0; all convolutions
-// of a geometry can share it.
+// The gradient of the input of a correlation with stride 2 and a kernel K x K. The input places with the same parity of
+// row and column form a plane of the size of the output. Their gradient is a correlation with the taps that read them:
+// every second one of the rows and columns, and with a dilation of 2 either all or none.
 template <typename T, int L, int K>
-void correlate_back(const Geometry& g, const T* gradient, int64_t dilation, const T* weight, T* bordered, T* padded) {
-  const int64_t reach = dilation * (K / 2), margin = g.padding / 2 + 1, row = g.out_row + 2 * margin;
-  for (int64_t r = 0; r < g.out_h; ++r)
-    std::memcpy(bordered + r * row + margin, gradient + r * g.out_row, g.out_w * sizeof(T));
-  for (int64_t i = 0; i < g.h; ++i)
-    for (int64_t parity = 0; parity < 2; ++parity) {           // of the column
-      const T* from[K * K];
-      T factors[K * K];
-      int taps = 0;
-      for (int k = 0; k < K * K; ++k) {
-        const int64_t twice_r = i + reach - k / K * dilation, twice_shift = parity + reach - k % K * dilation;
-        if (twice_r % 2 || twice_shift % 2 || twice_r < 0 || twice_r >= 2 * g.out_h) continue;
-        from[taps] = bordered + twice_r / 2 * row + margin + twice_shift / 2, factors[taps++] = weight[k];
-      }
-      T* to = padded + g.at(i + g.padding, parity + g.padding);
-      for (int64_t c = 0; c < g.out_row; c += L) {
-        auto total = load<T, L>(to + c);
-        for (int k = 0; k < taps; ++k) total += factors[k] * load<T, L>(from[k] + c);
-        store<T, L>(to + c, total);
-      }
+class CorrelateBack {
+ public:
+  // g: of the correlation, with a stride of 2.
+  CorrelateBack(const Geometry& g, int64_t dilation)
+      : g_(g), dilation_(dilation), d_(Geometry::of<T>(g.out_h, g.out_w, 1, g.padding / 2 + 1, L)), dense_(d_, 1),
+        every_second_(d_, 1) {
+    dense_.result_row = every_second_.result_row = 2 * g.row;
+  }
+
+  // Adds to `padded`, a gradient in the layout of the padded input, the gradient at all places inside of the border.
+  // gradient: of the output [out_h, out_row]; weight, flipped [K, K]; bordered: memory for a padded plane of 0. It stays
+  // 0 outside of the copy of the gradient, so that all convolutions of a geometry can share it.
+  void add(const T* gradient, const T* weight, const T* flipped, T* bordered, T* padded) const {
+    for (int64_t r = 0; r < g_.out_h; ++r)
+      std::memcpy(bordered + (r + d_.padding) * d_.row + d_.padding, gradient + r * g_.out_row, g_.out_w * sizeof(T));
+    if (dilation_ == 2)
+      return correlate_chains<T, L, K, 1, true>(d_, bordered, dense_, flipped, padded + at(0, 0));
+    T taps[2][2][HALF][HALF] = {};                 // by parity of the place's row and column
+#pragma GCC unroll 64
+    for (int k = 0; k < K * K; ++k) {
+      const int row = K / 2 + k / K, column = K / 2 + k % K;
+      taps[row % 2][column % 2][index(k / K)][index(k % K)] = weight[k];
     }
-}
+    for (int parity = 0; parity < 4; ++parity)
+      correlate_chains<T, L, HALF, 1, true>(d_, bordered, every_second_, &taps[parity / 2][parity % 2][0][0],
+                                            padded + at(parity / 2, parity % 2));
+  }
+
+ private:
+  static constexpr int HALF = (K + 1) / 2;
+  // Returns the row, in the kernel for a parity, of row k of the kernel.
+  static constexpr int index(int k) { return ((k + K / 2) % 2 + K / 2 - k) / 2 + (HALF - 1) / 2; }
+  int64_t at(int64_t row, int64_t column) const { return g_.at(row + g_.padding, column + g_.padding); }
+
+  const Geometry g_;
+  const int64_t dilation_;
+  const Geometry d_;                               // of the gradient of the output
+  Taps<K> dense_;
+  Taps<HALF> every_second_;
+};
 
 // How a product reads its right factor and writes its result.
 struct Plain {
@@ -622,7 +641,7 @@ template <typename T, int L, int K>
 class Separable : public SeparableConvolution<T> {
  public:
   Separable(const Geometry& g, int64_t dilation, int64_t channels)
-      : g(g), taps(g, dilation), dilation(dilation), channels(channels) {}
+      : g(g), taps(g, dilation), channels(channels), back(g, dilation) {}
 
   void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
     depthwise(padded, weight, inner);
@@ -654,7 +673,7 @@ class Separable : public SeparableConvolution<T> {
           std::memcpy(bordered + (r + g.padding) * g.row + g.padding, d + r * g.out_row, g.out_w * sizeof(T));
         correlate_chains<T, L, K, 1, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
       } else {
-        correlate_back<T, L, K>(g, d, dilation, weight + c * K * K, bordered, in_gradient + c * g.plane);
+        back.add(d, weight + c * K * K, flipped + c * K * K, bordered, in_gradient + c * g.plane);
       }
     }
   }
@@ -668,7 +687,8 @@ class Separable : public SeparableConvolution<T> {
 
   const Geometry g;
   const Taps<K> taps;
-  const int64_t dilation, channels;
+  const int64_t channels;
+  const CorrelateBack<T, L, K> back;               // with stride 2
 };
 
 // kernel: 3, 5 or 7.
