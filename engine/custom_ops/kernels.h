@@ -110,6 +110,19 @@ inline T sum(typename Vector<T, L>::type v) {
   }
 }
 
+// Returns the sum of f(0), f(L), ... over `size` numbers; f(p): the vector at index p. There are four sums, so that no
+// addition waits for the one before.
+template <typename T, int L, typename F>
+inline T sum_vectors(int64_t size, F f) {
+  typename Vector<T, L>::type sums[4] = {};
+  int64_t p = 0;
+  for (; p + 4 * L <= size; p += 4 * L)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) sums[k] += f(p + k * L);
+  for (; p < size; p += L) sums[0] += f(p);
+  return sum<T, L>(sums[0] + sums[1] + (sums[2] + sums[3]));
+}
+
 inline int threads() { return darts_threads > 0 ? darts_threads : omp_get_max_threads(); }
 
 // Reduces L vectors to one vector of their L sums. Each of log2 L steps adds pairs of vectors, and halves the length of
@@ -908,13 +921,25 @@ void normalise_relu(const Geometry& g, const T* y, int64_t y_row, T factor, T me
   }
 }
 
-// Writes the sums of keep d and of keep d (y - mean) to sums [2]. d_row: distance between the rows of d.
+// Writes the sums of keep d and of keep d (y - mean) to sums [2]. d_row: distance between the rows of d. Four sums of
+// each, as in `sum_vectors`.
 template <typename T>
 void sum_gradient(const Geometry& g, const T* d, int64_t d_row, T keep, const T* y, T mean, double* sums) {
+  constexpr int L = kMaxLanes<T>;
+  typename Vector<T, L>::type totals[4] = {}, dots[4] = {};
   T total = 0, dot = 0;
-  for (int64_t i = 0; i < g.rows(); ++i, d += d_row, y += g.out_row)
+  for (int64_t i = 0; i < g.rows(); ++i, d += d_row, y += g.out_row) {
+    int64_t j = 0;
+    const auto add = [&](int k) {
+      const auto numbers = load<T, L>(d + j + k * L);
+      totals[k] += numbers, dots[k] += numbers * (load<T, L>(y + j + k * L) - mean);
+    };
+    for (; j + 4 * L <= g.columns(); j += 4 * L) add(0), add(1), add(2), add(3);
+    for (; j + L <= g.columns(); j += L) add(0);
 #pragma omp simd reduction(+ : total, dot)
-    for (int64_t j = 0; j < g.columns(); ++j) total += d[j], dot += d[j] * (y[j] - mean);
+    for (int64_t k = j; k < g.columns(); ++k) total += d[k], dot += d[k] * (y[k] - mean);
+  }
+  for (int k = 0; k < 4; ++k) total += sum<T, L>(totals[k]), dot += sum<T, L>(dots[k]);
   sums[0] = keep * total, sums[1] = keep * dot;
 }
 

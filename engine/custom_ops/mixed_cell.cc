@@ -198,33 +198,55 @@ class MixedCell {
   void add_edges(int g, int64_t n, Workspace& work) {
     Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
-    T* total = work.total;
+    const bool compact = nodes_.rows() == 1;       // the rows of a plane are those of a node
+    std::vector<Term> terms;
     for (int node = group.first_node; node < space_.nodes; ++node)
       for (int64_t c = 0; c < c_; ++c) {
-        T* to = node_plane(n, node, c);
+        T *to = node_plane(n, node, c), *total = compact ? to : work.total;
         if (g == 0) std::fill(total, total + size_, T(0));
-        else expand_rows(to, total);
+        else if (!compact) expand_rows(to, total);
+        terms.clear();
         for (const Edge& edge : group.edges) {
           if (edge.node != node) continue;
           for (const End& end : edge.ends) {
             const T weight = mixing_weight(edge, end);
-            if (end.plane < 0) {
-              const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
-              for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-                for (int64_t j = 0; j < nodes_.columns(); ++j)
-                  total[i * nodes_.out_row + j] += weight * state[i * nodes_.w + j];
-              continue;
-            }
-            const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
-            const T factor = weight * rstd_of(end.plane, c);
-#pragma omp simd
-            for (int64_t p = 0; p < size_; ++p) total[p] += factor * (y[p] - mean);
+            const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
+            if (end.plane >= 0) terms.push_back({result(n, end.plane, c), mean_of(end.plane, c), weight * rstd_of(end.plane, c)});
+            else if (compact) terms.push_back({state, 0, weight});
+            else add_compact_rows(weight, state, total);
           }
         }
-        compact_rows(total, to);
+        add_terms(terms, total);
+        if (!compact) compact_rows(total, to);
       }
     if (space_.partial > 1) add_rest(g, n, work);
+  }
+  // What an operation contributes to a node: factor (plane - mean).
+  struct Term {
+    const T* plane;
+    T mean, factor;
+  };
+  // Adds several planes to a plane of `size_` numbers, in this order. The planes are far from each other in memory, where
+  // the processor does not prefetch the first lines of the next one by itself: it reads four at a time.
+  void add_terms(const std::vector<Term>& terms, T* total) const {
+    size_t k = 0;
+    for (; k + 4 <= terms.size(); k += 4) add_terms<4>(&terms[k], total);
+    for (; k < terms.size(); ++k) add_terms<1>(&terms[k], total);
+  }
+  template <int COUNT>
+  void add_terms(const Term* terms, T* total) const {
+    for (int64_t p = 0; p < size_; p += L) {
+      auto sum = load<T, L>(total + p);
+#pragma GCC unroll 4
+      for (int k = 0; k < COUNT; ++k) sum += terms[k].factor * (load<T, L>(terms[k].plane + p) - terms[k].mean);
+      store<T, L>(total + p, sum);
+    }
+  }
+  // Adds a plane [h, w] to a plane with rounded-up rows.
+  void add_compact_rows(T weight, const T* from, T* to) const {
+    for (int64_t i = 0; i < nodes_.h; ++i)
+#pragma omp simd
+      for (int64_t j = 0; j < nodes_.w; ++j) to[i * nodes_.out_row + j] += weight * from[i * nodes_.w + j];
   }
 
   // Adds the channels of a group's states that pass no operation to the nodes.
@@ -280,10 +302,7 @@ class MixedCell {
     const Group& group = space_.groups[g];
     for (int64_t k = group.first_node * c_; k < space_.nodes * c_; ++k) {
       const T* d = node_gradient(n, k / c_, k % c_);
-      T total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t p = 0; p < size_; ++p) total += d[p];
-      sums_[n * space_.nodes * c_ + k] = total;
+      sums_[n * space_.nodes * c_ + k] = sum_vectors<T, L>(size_, [d](int64_t p) { return load<T, L>(d + p); });
     }
     for (const Edge& edge : group.edges)
       for (size_t k = 0; k < edge.ends.size(); ++k)
@@ -299,10 +318,7 @@ class MixedCell {
     const T* d = node_gradient(n, edge.node, c);
     if (end.plane < 0) return dot_product(d, state_planes(n, edge.state) + c * nodes_.h * nodes_.w);
     const T *y = result(n, end.plane, c), mean = mean_of(end.plane, c);
-    T total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t p = 0; p < size_; ++p) total += d[p] * (y[p] - mean);
-    return total;
+    return sum_vectors<T, L>(size_, [=](int64_t p) { return load<T, L>(d + p) * (load<T, L>(y + p) - mean); });
   }
   // The same of a plane [h, w] that is not normalised.
   T dot_product(const T* d, const T* plane) const {
