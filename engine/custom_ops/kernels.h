@@ -1081,13 +1081,14 @@ class RectifiedConvolution {
 };
 
 // Calls f(k) for k < count, in a parallel region. A thread takes the next `chunk` numbers when it is idle, so that one
-// whose core is busy with another process takes fewer. Returns when all calls have returned.
+// whose core is busy with another process takes fewer. Returns when all calls have returned. backwards: from the last
+// number on. Passes in turns of direction begin with the images that are still in the cache.
 template <typename F>
-void share(int64_t count, int64_t chunk, F f) {
+void share(int64_t count, int64_t chunk, F f, bool backwards = false) {
   {
     Timed timed(Phase::kOther);
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t k = 0; k < count; ++k) f(k);
+    for (int64_t k = 0; k < count; ++k) f(backwards ? count - 1 - k : k);
   }
   Timed timed(Phase::kWaiting);
 #pragma omp barrier
@@ -1111,11 +1112,13 @@ class PartialSums {
     share(parts(), 1, [&](int64_t part) { std::fill_n(sums_ + part * step_, size_, T(0)); });
   }
   // In a parallel region: calls f(n, sums of the part that image n belongs to) for every image, in order in a part.
+  // backwards: from the last image on.
   template <typename F>
-  void for_images(F f) {
+  void for_images(F f, bool backwards = false) {
     share(parts(), 1, [&](int64_t part) {
-      for (int64_t n = part * images_; n < std::min(n_, (part + 1) * images_); ++n) f(n, sums_ + part * step_);
-    });
+      const int64_t first = part * images_, count = std::min(images_, n_ - first);
+      for (int64_t k = 0; k < count; ++k) f(first + (backwards ? count - 1 - k : k), sums_ + part * step_);
+    }, backwards);
   }
   // In a parallel region: adds the sums of all parts, from index `first` on, to `to` [size]; does not wait for the other
   // threads.

@@ -52,17 +52,19 @@ class MixedCell {
     {
       Workspace work(*this);
       const int groups = space_.groups.size();
-      for (int g = 0; g <= groups; ++g) {
+      bool backwards = false;
+      for (int g = 0; g <= groups; ++g, backwards = !backwards) {
         // A node is complete, and the convolutions of the next group can read it, when the group before is added.
         share(n_, 1, [&](int64_t n) {
           if (g > 0) add_edges(g - 1, n, work);
           if (g < groups) convolve(g, 0, n, work);
-        });
+        }, backwards);
         if (g == groups) break;
         const Group& group = space_.groups[g];
         combine(group.plane, group.second_plane);
         if (!space_.halves) continue;
-        share(n_, 1, [&](int64_t n) { convolve(g, 1, n, work); });
+        backwards = !backwards;
+        share(n_, 1, [&](int64_t n) { convolve(g, 1, n, work); }, backwards);
         combine(group.second_plane, group.end_plane);
       }
     }
@@ -85,11 +87,13 @@ class MixedCell {
     {
       Workspace work(*this);
       partial.clear();
+      bool backwards = false;
       const auto for_images = [&](auto f) {
         partial.for_images([&](int64_t n, T* sums) {
           work.weights = weight_gradients ? sums : nullptr;
           f(n);
-        });
+        }, backwards);
+        backwards = !backwards;
       };
       const int last = int(space_.groups.size()) - 1;
       for (int g = last; g >= -1; --g) {
