@@ -323,7 +323,7 @@ class ConvNorm : public Operation<T> {
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {
                 const int64_t at = c * g.h * g.w;
-                relu_backward(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
+                relu_backward<T, L>(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
                              to.data + n * to.image + at);
               }
             } else {
@@ -358,9 +358,9 @@ class ConvNorm : public Operation<T> {
     if (stages_ > 1 && first_.stride > 1) std::fill(padded, padded + padded_size(), T(0));
     for (int64_t c = 0; c < c_; ++c) {
       if (stage == 0)
-        pad(first_, x.data + n * x.image + c * first_.h * first_.w, padded + c * first_.plane);
+        pad<T, L>(first_, x.data + n * x.image + c * first_.h * first_.w, padded + c * first_.plane);
       else
-        normalise_relu(second_, saved_ + (n * stages_ * c_ + c) * size_, first_.out_row,
+        normalise_relu<T, L>(second_, saved_ + (n * stages_ * c_ + c) * size_, first_.out_row,
                        affine_.value[c] * statistics_[2 * c + 1], statistics_[2 * c], affine_.value[c_ + c],
                        padded + c * second_.plane);
     }

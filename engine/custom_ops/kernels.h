@@ -125,11 +125,44 @@ inline T sum_vectors(int64_t size, F f) {
 
 inline int threads() { return darts_threads > 0 ? darts_threads : omp_get_max_threads(); }
 
+// Returns the numbers of a, then of b, with the indices Source::at(0), Source::at(1) ... They are constants: shuffles by
+// variable indices are several times slower.
+template <typename T, int L, typename Source, size_t... I>
+inline typename Vector<T, L>::type shuffle(typename Vector<T, L>::type a, typename Vector<T, L>::type b,
+                                           std::index_sequence<I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, Source::at(I)...);
+#else
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
+  typedef typename Vector<Index, L>::type Indices;
+  return __builtin_shuffle(a, b, Indices{Index(Source::at(I))...});
+#endif
+}
+template <typename T, int L, typename Source>
+inline typename Vector<T, L>::type shuffle(typename Vector<T, L>::type a, typename Vector<T, L>::type b) {
+  return shuffle<T, L, Source>(a, b, std::make_index_sequence<L>());
+}
+
+// Indices for `shuffle`. Columns with an even (parity 0) or odd number of a row a, b.
+template <int PARITY>
+struct EverySecond {
+  static constexpr int at(int i) { return 2 * i + PARITY; }
+};
+// The first (half 0) or second half of the row a[0], b[0], a[1], b[1] ...
+template <int L, int HALF>
+struct Alternating {
+  static constexpr int at(int i) { return i % 2 * L + i / 2 + HALF * (L / 2); }
+};
+// The first (half 0) or second half of every run of 2 RUN numbers, of a and b in turns.
+template <int L, int RUN, int HALF>
+struct Runs {
+  static constexpr int at(int i) { return i / RUN % 2 * L + i / (2 * RUN) * 2 * RUN + i % RUN + HALF * RUN; }
+};
+
 // Reduces L vectors to one vector of their L sums. Each of log2 L steps adds pairs of vectors, and halves the length of
 // the runs of numbers that still have to be added.
 template <typename T, int L>
 struct Sums {
-  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Index;
   typedef typename Vector<T, L>::type V;
 
   // Writes the sum of the numbers of each vector to `to` [COUNT], which needs memory for COUNT rounded up to L.
@@ -154,24 +187,11 @@ struct Sums {
       V halves[COUNT / 2];
 #pragma GCC unroll 8
       for (int i = 0; i < COUNT / 2; ++i)
-        halves[i] = add_runs<L / COUNT>(v[2 * i], v[2 * i + 1], std::make_index_sequence<L>());
+        halves[i] = shuffle<T, L, Runs<L, L / COUNT, 0>>(v[2 * i], v[2 * i + 1]) +
+                    shuffle<T, L, Runs<L, L / COUNT, 1>>(v[2 * i], v[2 * i + 1]);
       return reduce<COUNT / 2>(halves);
     }
   }
-  // Adds the two halves of every run of a, then of b. The indices are constants: shuffles by variable indices are
-  // several times slower.
-  template <int RUN, size_t... I>
-  static V add_runs(V a, V b, std::index_sequence<I...>) {
-#ifdef __clang__
-    return __builtin_shufflevector(a, b, source_index(I, RUN)...) +
-           __builtin_shufflevector(a, b, (source_index(I, RUN) + RUN)...);
-#else
-    typedef typename Vector<Index, L>::type Indices;
-    return __builtin_shuffle(a, b, Indices{source_index(I, RUN)...}) +
-           __builtin_shuffle(a, b, Indices{(source_index(I, RUN) + RUN)...});
-#endif
-  }
-  static constexpr Index source_index(int i, int run) { return i / run % 2 * L + i / (2 * run) * 2 * run + i % run; }
 };
 
 constexpr int64_t kCacheLine = 64;               // bytes
@@ -300,33 +320,37 @@ struct Taps {
   }
 };
 
-// Writes f(column) to all columns of row i of a padded plane.
-template <typename T, typename F>
-inline void fill_row(const Geometry& g, T* padded, int64_t i, F f) {
+// Writes f(number) of all numbers of a row to row i of a padded plane; f takes a number or a vector.
+template <typename T, int L, typename F>
+inline void fill_row(const Geometry& g, const T* from, T* padded, int64_t i, F f) {
   T* row = padded + (i + g.padding) * g.row;
+  T *even = row + g.at(0, g.padding), *odd = row + g.at(0, g.padding + 1);
+  int64_t j = 0;
   if (g.stride == 1) {
-    T* to = row + g.padding;
+    for (; j + L <= g.w; j += L) store<T, L>(even + j, f(load<T, L>(from + j)));
 #pragma omp simd
-    for (int64_t j = 0; j < g.w; ++j) to[j] = f(j);
-  } else if (g.stride == 2 && g.padding % 2 == 0 && g.w % 2 == 0) {
-    T *even = row + g.padding / 2, *odd = even + g.phase;
-#pragma omp simd
-    for (int64_t j = 0; j < g.w / 2; ++j) {
-      even[j] = f(2 * j);
-      odd[j] = f(2 * j + 1);
-    }
-  } else {
-    for (int64_t j = 0; j < g.w; ++j) row[g.at(0, j + g.padding)] = f(j);
+    for (int64_t k = j; k < g.w; ++k) even[k] = f(from[k]);
+    return;
   }
+  for (; j + 2 * L <= g.w; j += 2 * L) {
+    const auto left = load<T, L>(from + j), right = load<T, L>(from + j + L);
+    store<T, L>(even + j / 2, f(shuffle<T, L, EverySecond<0>>(left, right)));
+    store<T, L>(odd + j / 2, f(shuffle<T, L, EverySecond<1>>(left, right)));
+  }
+  for (; j < g.w; ++j) row[g.at(0, j + g.padding)] = f(from[j]);
+}
+
+// Returns relu(v) of a number or a vector; keeps a NaN.
+template <typename V>
+inline V rectify(V v) {
+  return v < V{} ? V{} : v;
 }
 
 // Writes relu(x), x [h, w], to the inside of a padded plane. The border has to be 0 already.
-template <typename T>
+template <typename T, int L>
 void pad(const Geometry& g, const T* x, T* padded) {
-  for (int64_t i = 0; i < g.h; ++i) {
-    const T* from = x + i * g.w;
-    fill_row(g, padded, i, [from](int64_t j) { return from[j] < 0 ? T(0) : from[j]; });      // keeps a NaN
-  }
+  for (int64_t i = 0; i < g.h; ++i)
+    fill_row<T, L>(g, x + i * g.w, padded, i, [](auto v) { return rectify(v); });
 }
 
 // Computes ROWS x COLUMNS vectors of the correlation of a padded plane with a kernel, of consecutive rows of a chain;
@@ -498,8 +522,7 @@ struct Plain {
 struct Rectified : Plain {
   template <typename T, int L>
   static typename Vector<T, L>::type read(const T* p) {
-    const auto v = load<T, L>(p);
-    return v < 0 ? typename Vector<T, L>::type{} : v;
+    return rectify(load<T, L>(p));
   }
 };
 // The result is the gradient of relu(x): writes (with add: adds) that of x. x and the result have the same layout. The
@@ -910,15 +933,10 @@ void batch_norm_backward(const Geometry& g, const T* d, int64_t d_row, T keep, c
 }
 
 // Writes relu(factor (y - mean) + shift) to the inside of a padded plane: the input of the second half of a sep_conv.
-template <typename T>
+template <typename T, int L>
 void normalise_relu(const Geometry& g, const T* y, int64_t y_row, T factor, T mean, T shift, T* padded) {
-  for (int64_t i = 0; i < g.h; ++i) {
-    const T* from = y + i * y_row;
-    fill_row(g, padded, i, [=](int64_t j) {
-      const T value = factor * (from[j] - mean) + shift;
-      return value < 0 ? T(0) : value;
-    });
-  }
+  for (int64_t i = 0; i < g.h; ++i)
+    fill_row<T, L>(g, y + i * y_row, padded, i, [=](auto v) { return rectify(factor * (v - mean) + shift); });
 }
 
 // Writes the sums of keep d and of keep d (y - mean) to sums [2]. d_row: distance between the rows of d. Four sums of
@@ -972,18 +990,29 @@ void normalised_relu_backward(const Geometry& g, const T* y, T factor, T mean, T
 
 // Computes `to` [h, w] = (with add: +=) the gradient of the ReLU's input x. gradient: that of its output, in the layout
 // of an output plane (stride 1) or of a padded plane.
-template <typename T>
+template <typename T, int L>
 void relu_backward(const Geometry& g, const T* x, const T* gradient, bool add, T* to) {
+  typedef typename Vector<T, L>::type V;
+  const V zero{};
   for (int64_t i = 0; i < g.h; ++i, x += g.w, to += g.w) {
-    const T* from = g.stride == 1 ? gradient + i * g.out_row : gradient + (i + g.padding) * g.row;
-    if (g.stride > 1)
-      for (int64_t j = 0; j < g.w; ++j) to[j] = (add ? to[j] : T(0)) + relu_grad(x[j], from[g.at(0, j + g.padding)]);
-    else if (add)
-#pragma omp simd
-      for (int64_t j = 0; j < g.w; ++j) to[j] += relu_grad(x[j], from[j]);
-    else
-#pragma omp simd
-      for (int64_t j = 0; j < g.w; ++j) to[j] = relu_grad(x[j], from[j]);
+    const T* row = g.stride == 1 ? gradient + i * g.out_row : gradient + (i + g.padding) * g.row;
+    const auto write = [&](int64_t j, V d) {
+      const V masked = load<T, L>(x + j) > zero ? d : zero;
+      store<T, L>(to + j, add ? load<T, L>(to + j) + masked : masked);
+    };
+    int64_t j = 0;
+    if (g.stride == 1) {
+      for (; j + L <= g.w; j += L) write(j, load<T, L>(row + j));
+    } else {
+      const T *even = row + g.at(0, g.padding), *odd = row + g.at(0, g.padding + 1);
+      for (; j + 2 * L <= g.w; j += 2 * L) {
+        const V left = load<T, L>(even + j / 2), right = load<T, L>(odd + j / 2);
+        write(j, shuffle<T, L, Alternating<L, 0>>(left, right));
+        write(j + L, shuffle<T, L, Alternating<L, 1>>(left, right));
+      }
+    }
+    for (; j < g.w; ++j)
+      to[j] = (add ? to[j] : T(0)) + relu_grad(x[j], row[g.stride == 1 ? j : g.at(0, j + g.padding)]);
   }
 }
 
@@ -1035,41 +1064,65 @@ class RectifiedConvolution {
   // Copies the rectified places of the planes x to the planes `grid`.
   void gather(const T* x, int64_t number, T* grid) const {
     Timed timed(Phase::kPad);
-    g_.stride == 1 ? gather_strided<1>(x, number, grid) : gather_strided<2>(x, number, grid);
+    for (int64_t c = 0; c < channels_; ++c, x += g_.h * g_.w, grid += g_.step)
+      for (int64_t i = 0; i < rows(); ++i) {
+        T* to = grid + i * g_.out_row;
+        if (g_.stride == 1) gather_row(x + i * g_.w, to);
+        else if (number == 0) gather_every_second<0>(x + 2 * i * g_.w, to);
+        else gather_every_second<1>(x + (2 * i + 1) * g_.w, to);
+      }
   }
   // Computes to = (with add: +=) the gradient of x from that of a grid, as `backward`.
   void scatter(const T* x, int64_t number, const T* gradient, bool add, T* to) const {
     Timed timed(Phase::kPad);
-    const int64_t plane = g_.h * g_.w, first = number * (g_.w + 1);
+    const int64_t plane = g_.h * g_.w;
     for (int64_t c = 0; c < channels_; ++c, x += plane, to += plane, gradient += g_.step) {
       if (g_.stride == 2 && !add && number == 0) std::fill(to, to + plane, T(0));
       for (int64_t i = 0; i < rows(); ++i) {
-        const T *in = x + first + i * g_.stride * g_.w, *d = gradient + i * g_.out_row;
-        T* out = to + first + i * g_.stride * g_.w;
-        if (g_.stride == 2)
-          for (int64_t j = 0; j < g_.out_w; ++j) out[2 * j] += relu_grad(in[2 * j], d[j]);
-        else if (add)
-#pragma omp simd
-          for (int64_t j = 0; j < columns(); ++j) out[j] += relu_grad(in[j], d[j]);
-        else
-#pragma omp simd
-          for (int64_t j = 0; j < columns(); ++j) out[j] = relu_grad(in[j], d[j]);
+        const T* d = gradient + i * g_.out_row;
+        const int64_t row = (i * g_.stride + number) * g_.w;
+        if (g_.stride == 1) scatter_row(x + row, d, add, to + row);
+        else if (number == 0) add_every_second<0>(x + row, d, to + row);
+        else add_every_second<1>(x + row, d, to + row);
       }
     }
   }
 
  private:
-  template <int S>
-  void gather_strided(const T* x, int64_t number, T* to) const {
-    for (int64_t c = 0; c < channels_; ++c, x += g_.h * g_.w, to += g_.step) {
-      const T* from = x + number * (g_.w + 1);
-      for (int64_t i = 0; i < rows(); ++i)
+  void gather_row(const T* from, T* to) const {
 #pragma omp simd
-        for (int64_t j = 0; j < columns(); ++j) {
-          const T value = from[i * S * g_.w + j * S];
-          to[i * g_.out_row + j] = value < 0 ? T(0) : value;                  // keeps a NaN
-        }
+    for (int64_t j = 0; j < columns(); ++j) to[j] = rectify(from[j]);
+  }
+  void scatter_row(const T* x, const T* d, bool add, T* to) const {
+    if (add)
+#pragma omp simd
+      for (int64_t j = 0; j < columns(); ++j) to[j] += relu_grad(x[j], d[j]);
+    else
+#pragma omp simd
+      for (int64_t j = 0; j < columns(); ++j) to[j] = relu_grad(x[j], d[j]);
+  }
+  // A row of x and the row of a grid with its columns PARITY, PARITY + 2 ...
+  template <int PARITY>
+  void gather_every_second(const T* from, T* to) const {
+    int64_t j = 0;
+    for (; j + L <= g_.out_w; j += L)
+      store<T, L>(to + j, rectify(shuffle<T, L, EverySecond<PARITY>>(load<T, L>(from + 2 * j), load<T, L>(from + 2 * j + L))));
+    for (; j < g_.out_w; ++j) to[j] = rectify(from[2 * j + PARITY]);
+  }
+  template <int PARITY>
+  void add_every_second(const T* x, const T* d, T* to) const {
+    typedef typename Vector<T, L>::type V;
+    const V zero{};
+    int64_t j = 0;
+    for (; j + L <= g_.out_w; j += L) {
+      const V even = PARITY ? zero : load<T, L>(d + j), odd = PARITY ? load<T, L>(d + j) : zero;
+      const V halves[2] = {shuffle<T, L, Alternating<L, 0>>(even, odd), shuffle<T, L, Alternating<L, 1>>(even, odd)};
+      for (int k = 0; k < 2; ++k) {
+        const int64_t at = 2 * j + k * L;
+        store<T, L>(to + at, load<T, L>(to + at) + (load<T, L>(x + at) > zero ? halves[k] : zero));
+      }
     }
+    for (; j < g_.out_w; ++j) to[2 * j + PARITY] += relu_grad(x[2 * j + PARITY], d[j]);
   }
   // A grid with stride 1 whose rows are not rounded up counts as one long row.
   int64_t rows() const { return g_.stride == 1 ? g_.rows() : g_.out_h; }

@@ -465,7 +465,7 @@ class MixedCell {
       T* direct = g == 0 ? x_gradient + ((n * 2 + s) * state_c_ + c) * plane_size : work.direct;
       std::fill(direct, direct + plane_size, T(0));
       differentiate_unweighted(g, n, s, c, direct, work);
-      relu_backward(geometry, state + c * plane_size, work.in_gradient + c * in_step(g), true, direct);
+      relu_backward<T, L>(geometry, state + c * plane_size, work.in_gradient + c * in_step(g), true, direct);
       if (g > 0) add_to_node(n, s - 2, c, direct);
     }
     if (space_.has_reduce(space_.groups[g]))
@@ -631,12 +631,12 @@ class MixedCell {
     Timed timed(Phase::kPad);
     const Geometry& geometry = geometry_of(g);
     for (int64_t c = 0; c < c_ && !space_.convolutions.empty(); ++c)
-      pad(geometry, state_planes(n, s) + c * geometry.h * geometry.w, work.padded[g > 0] + c * geometry.plane);
+      pad<T, L>(geometry, state_planes(n, s) + c * geometry.h * geometry.w, work.padded[g > 0] + c * geometry.plane);
   }
   void pad_normalised(int64_t n, int64_t plane, T* padded) const {
     Timed timed(Phase::kPad);
     for (int64_t c = 0; c < c_; ++c)
-      normalise_relu(second_, result(n, plane, c), nodes_.out_row, rstd_of(plane, c), mean_of(plane, c), T(0),
+      normalise_relu<T, L>(second_, result(n, plane, c), nodes_.out_row, rstd_of(plane, c), mean_of(plane, c), T(0),
                      padded + c * second_.plane);
   }
   // Computes the moments of C planes of one image; combines those of all images to the statistics of the planes
