@@ -130,9 +130,12 @@ class Pool : public Operation<T> {
       T* to = out.data + n * out.image + c * g_.size;
       if (max_) pools_.max(from, work, pooled);
       else pools_.mean(from, work, pooled);
-      if (!add) std::fill(to, to + g_.size, T(0));
+      if (add)
 #pragma omp simd
-      for (int64_t p = 0; p < g_.size; ++p) to[p] += keep * pooled[p];
+        for (int64_t p = 0; p < g_.size; ++p) to[p] += keep * pooled[p];
+      else
+#pragma omp simd
+        for (int64_t p = 0; p < g_.size; ++p) to[p] = keep * pooled[p];
     }
   }
 
@@ -313,12 +316,11 @@ class ConvNorm : public Operation<T> {
             }
           } else {
             prepare(stage, n, x, padded);
-            std::fill(in_gradient, in_gradient + c_ * (g.stride == 1 ? g.step : g.plane), T(0));
             const int64_t at = stage * c_ * taps();
             convolutions_[stage]->backward(padded, depthwise_.value + at, flipped.data() + at,
                                            pointwise_.value + stage * c_ * c_, gradient, inner, inner_gradient,
                                            bordered, weight_gradients + at,
-                                           weight_gradients + depthwise_size + stage * c_ * c_, in_gradient);
+                                           weight_gradients + depthwise_size + stage * c_ * c_, false, in_gradient);
             Timed timed(stage == 0 ? Phase::kPad : Phase::kNormalisation);
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {

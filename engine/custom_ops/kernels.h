@@ -320,6 +320,12 @@ struct Taps {
   }
 };
 
+// Copies a row of `size` numbers, a multiple of L. A call of memcpy would take longer than the copy of a short row.
+template <typename T, int L>
+inline void copy_row(const T* from, int64_t size, T* to) {
+  for (int64_t p = 0; p < size; p += L) store<T, L>(to + p, load<T, L>(from + p));
+}
+
 // Writes f(number) of all numbers of a row to row i of a padded plane; f takes a number or a vector.
 template <typename T, int L, typename F>
 inline void fill_row(const Geometry& g, const T* from, T* padded, int64_t i, F f) {
@@ -480,11 +486,11 @@ class CorrelateBack {
   }
 
   // Adds to `padded`, a gradient in the layout of the padded input, the gradient at all places inside of the border.
-  // gradient: of the output [out_h, out_row]; weight, flipped [K, K]; bordered: memory for a padded plane of 0. It stays
+  // gradient: of the output [out_h, out_row], 0 in the columns from out_w on; weight, flipped [K, K]; bordered: memory for a padded plane of 0. It stays
   // 0 outside of the copy of the gradient, so that all convolutions of a geometry can share it.
   void add(const T* gradient, const T* weight, const T* flipped, T* bordered, T* padded) const {
     for (int64_t r = 0; r < g_.out_h; ++r)
-      std::memcpy(bordered + (r + d_.padding) * d_.row + d_.padding, gradient + r * g_.out_row, g_.out_w * sizeof(T));
+      copy_row<T, L>(gradient + r * g_.out_row, g_.out_row, bordered + (r + d_.padding) * d_.row + d_.padding);
     if (dilation_ == 2)
       return correlate_chains<T, L, K, 1, true>(d_, bordered, dense_, flipped, padded + at(0, 0));
     T taps[2][2][HALF][HALF] = {};                 // by parity of the place's row and column
@@ -663,13 +669,14 @@ class SeparableConvolution {
   virtual ~SeparableConvolution() = default;
   // padded: C planes. inner: memory for C planes at distances of g.step. out: C planes at distances of g.size.
   virtual void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const = 0;
-  // Adds the gradients of the weights (unless their pointers are null) and of the input. gradient: of the output, C
-  // planes at distances of g.step, 0 in the columns from out_w on. in_gradient: with stride 1 C planes at distances of
+  // Adds the gradients of the weights (unless their pointers are null); computes in_gradient = (with add: +=) that of
+  // the input. gradient: of the output, C planes at distances of g.step, 0 in the columns from out_w on. in_gradient:
+  // with stride 1 C planes at distances of
   // g.step without padding, otherwise in the layout of the padded planes. flipped: the depthwise kernels from `flip`.
   // inner, inner_gradient: memory for C planes at distances of g.step. bordered: memory for a padded plane, with a
   // border of 0.
   virtual void backward(const T* padded, const T* weight, const T* flipped, const T* pointwise, const T* gradient,
-                        T* inner, T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient,
+                        T* inner, T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient, bool add,
                         T* in_gradient) const = 0;
 };
 
@@ -686,7 +693,7 @@ class Separable : public SeparableConvolution<T> {
   }
 
   void backward(const T* padded, const T* weight, const T* flipped, const T* pointwise, const T* gradient, T* inner,
-                T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient,
+                T* inner_gradient, T* bordered, T* weight_gradient, T* pointwise_gradient, bool add,
                 T* in_gradient) const override {
     if (weight_gradient) {
       depthwise(padded, weight, inner);
@@ -706,9 +713,11 @@ class Separable : public SeparableConvolution<T> {
             : correlate_weights<T, L, K, 2>(g, padded + c * g.plane, taps, d, weight_gradient + c * K * K);
       if (g.stride == 1) {
         for (int64_t r = 0; r < g.out_h; ++r)
-          std::memcpy(bordered + (r + g.padding) * g.row + g.padding, d + r * g.out_row, g.out_w * sizeof(T));
-        correlate_chains<T, L, K, 1, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
+          copy_row<T, L>(d + r * g.out_row, g.out_row, bordered + (r + g.padding) * g.row + g.padding);
+        add ? correlate_chains<T, L, K, 1, true>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step)
+            : correlate_chains<T, L, K, 1, false>(g, bordered, taps, flipped + c * K * K, in_gradient + c * g.step);
       } else {
+        if (!add) std::fill_n(in_gradient + c * g.plane, g.plane, T(0));
         back.add(d, weight + c * K * K, flipped + c * K * K, bordered, in_gradient + c * g.plane);
       }
     }
@@ -816,7 +825,12 @@ class Pools {
   }
   void copy(const T* x, T border, T* to) const {
     std::fill_n(to, (g_.h + 2) * row_, border);
-    for (int64_t i = 0; i < g_.h; ++i) std::memcpy(to + (i + 1) * row_ + 1, x + i * g_.w, g_.w * sizeof(T));
+    const int64_t vectors = g_.w / L * L;
+    for (int64_t i = 0; i < g_.h; ++i, x += g_.w) {
+      T* row = to + (i + 1) * row_ + 1;
+      copy_row<T, L>(x, vectors, row);
+      for (int64_t j = vectors; j < g_.w; ++j) row[j] = x[j];
+    }
   }
   // Copies d [out_h, out_row], multiplied by `factors`, to its places in a plane with border that is 0 elsewhere, the
   // vector behind it included.

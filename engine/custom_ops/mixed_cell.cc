@@ -436,15 +436,14 @@ class MixedCell {
                              mixing_[edge.number * space_.columns + convolution.column], work.conv_gradient);
         else
           differentiate_norm(n, first_plane, half_gradient_ + half * size_, T(1), work.conv_gradient);
-        if (stage) {
-          pad_normalised(n, first_plane, work.padded[2]);
-          std::fill(work.in_gradient, work.in_gradient + c_ * nodes_.step, T(0));
-        }
+        if (stage) pad_normalised(n, first_plane, work.padded[2]);
         const int block = 2 * (convolution.stage + stage);
         const EdgeWeight depthwise = weight(g, block, edge, work), pointwise = weight(g, block + 1, edge, work);
+        // The convolutions of stage 0 read the same state, each of stage 1 planes of its own.
         convolutions_[place][convolution.number]->backward(
             work.padded[place], depthwise.value, depthwise.flipped, pointwise.value, work.conv_gradient, work.inner,
-            work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, work.in_gradient);
+            work.inner_gradient, work.bordered[place], depthwise.gradient, pointwise.gradient, stage == 0,
+            work.in_gradient);
         Timed timed(Phase::kNormalisation);
         for (int64_t c = 0; c < c_ && stage; ++c)
           normalised_relu_backward<T, L>(nodes_, result(n, first_plane, c), T(1), mean_of(first_plane, c), T(0),
