@@ -216,23 +216,24 @@ class Cell:
                       for states in space.state_groups]
         self.weights = list(layout.fused_views(first).values())      # for the compiled operator, a tensor per shape
 
-    def __call__(self, s0, s1, mixing, weight_gradients: bool):
+    def __call__(self, s0, s1, mixing, weight_gradients: bool, constant_states: int):
         """mixing: table of mixing weights of this kind of cell for the compiled operator, or None.
 
-        weight_gradients: whether the gradients of the weights are needed.
+        weight_gradients: whether the gradients of the weights are needed; constant_states: the number of the first
+        inputs whose gradients are not needed either.
         """
         if mixing is not None:
-            return self.as_compiled_operators(s0, s1, mixing, weight_gradients)
+            return self.as_compiled_operators(s0, s1, mixing, weight_gradients, constant_states)
         return self.batched(batch_norm(paddle.concat([self.preprocess0.convolve(s0), self.preprocess1.convolve(s1)],
                                                      axis=1)))
 
-    def as_compiled_operators(self, s0, s1, mixing, weight_gradients: bool):
+    def as_compiled_operators(self, s0, s1, mixing, weight_gradients: bool, constant_states: int):
         """Adds the cell as two compiled operators."""
         kernels = [kernel.tensor for kernel in self.preprocess0.kernels + self.preprocess1.kernels]
-        x = custom_ops.preprocessing(s0, s1, kernels, weight_gradients, BN_EPSILON)
+        x = custom_ops.preprocessing(s0, s1, kernels, weight_gradients, constant_states, BN_EPSILON)
         return custom_ops.mixed_cell(x, mixing, [view.tensor for view in self.weights], self.space.primitives,
                                      self.space.nodes, self.reduction, self.partial_channels, weight_gradients,
-                                     BN_EPSILON)
+                                     constant_states, BN_EPSILON)
 
     def batched(self, x):
         """Adds the mixed operations of both input states x [N, 2 * C, H, W], batched by groups of states."""
@@ -374,8 +375,10 @@ class Supernet(FlatNetwork):
                 mixing.unpack(table, self.store.variable(f'permutation_{kind}'))
             tables = [None, None]          # self.mixing holds them
         s0 = s1 = self.stem(images, self.compiled, weight_gradients)
-        for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, tables[cell.reduction], weight_gradients)
+        for i, cell in enumerate(self.cells):
+            # The stem does not depend on alpha. It is both inputs of the first cell and one of the second.
+            constant_states = 0 if weight_gradients else max(0, 2 - i)
+            s0, s1 = s1, cell(s0, s1, tables[cell.reduction], weight_gradients, constant_states)
         return linear(mean_of_planes(s1), self.classifier, self.classifier_bias)
 
     def run(self, feed: dict) -> Evaluation:

@@ -244,7 +244,7 @@ def test_of_equal_maxima_the_first_gets_the_gradient(reduction):
         inputs = [paddle.assign(mixing).astype(x.dtype), *weights]    # Paddle 2.6 assigns float32
         for variable in inputs:
             variable.stop_gradient = False
-        return custom_ops.mixed_cell(x, inputs[0], weights, primitives, nodes, reduction, 1, True, BN_EPSILON)
+        return custom_ops.mixed_cell(x, inputs[0], weights, primitives, nodes, reduction, 1, True, 0, BN_EPSILON)
 
     def results_of(function):
         store = VariableStore(paddle.CPUPlace(), 'float64')

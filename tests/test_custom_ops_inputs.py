@@ -25,7 +25,7 @@ def refuses(capfd):
 
 # A mixed cell of 2 nodes (5 edges) with C = 4, one with every kind of primitive.
 SPACE = dict(primitives=('skip_connect', 'sep_conv_3x3', 'dil_conv_5x5', 'none', 'max_pool_3x3'), nodes=2,
-             reduction=True, partial_channels=1, weight_gradients=True, epsilon=1e-5)
+             reduction=True, partial_channels=1, weight_gradients=True, constant_states=0, epsilon=1e-5)
 MIXED_INPUTS = {'x': (3, 8, 6, 6), 'mixing': (5, 5), 'depthwise_3': (40, 1, 3, 3), 'depthwise_5': (20, 1, 5, 5),
                 'pointwise': (76, 4, 1, 1)}
 
@@ -54,6 +54,15 @@ def test_a_mixed_cell_accepts_its_inputs():
     assert run_mixed_cell(dict(first + weights[::-1]))[0].shape == output.shape
 
 
+def test_constant_states_of_a_mixed_cell_have_no_gradient():
+    complete = run_mixed_cell(MIXED_INPUTS)[1].reshape(3, 2, 4, 6, 6)
+    for constant in range(3):
+        gradient = run_mixed_cell(MIXED_INPUTS, dict(weight_gradients=False, constant_states=constant))[1]
+        gradient = gradient.reshape(complete.shape)
+        assert not np.any(gradient[:, :constant])
+        assert np.array_equal(gradient[:, constant:], complete[:, constant:])
+
+
 @pytest.mark.parametrize('changes, reason', [
     (dict(x=(3, 8, 5, 6)), 'even H and W'), (dict(x=(3, 8, 6)), 'N, 2 C, H, W'), (dict(x=(3, 6, 6, 6)), 'even C'),
     (dict(x=(3, 0, 6, 6)), 'even C'), (dict(x=(3, 16, 6, 6)), 'lacks weights'), (dict(mixing=(14, 8)), 'mixing w'),
@@ -70,6 +79,7 @@ def test_wrong_shapes_of_a_mixed_cell_are_errors(refuses, changes, reason):
     (dict(primitives=('skip_connect', 'conv_7x1_1x7')), 'no operation conv_7x1_1x7'),
     (dict(primitives=('none', 'none')), 'none occurs more than once'), (dict(primitives=()), 'primitives'),
     (dict(nodes=0), 'nodes'), (dict(nodes=-3), 'nodes'), (dict(nodes=3), 'mixing weights'),
+    (dict(constant_states=1), 'constant_states'), (dict(weight_gradients=False, constant_states=3), 'constant_states'),
     (dict(epsilon=0.0), 'epsilon'), (dict(partial_channels=0), 'partial_channels'),
     (dict(partial_channels=2), 'mixing weights'), (dict(partial_channels=4), 'does not divide')])
 def test_wrong_attributes_of_a_mixed_cell_are_errors(refuses, changes, reason):
@@ -151,7 +161,7 @@ def run_preprocessing(shapes, dtypes=(), epsilon=1e-5):
 
     def build():
         s0, s1, *kernels = (store.input(name, list(array.shape), str(array.dtype)) for name, array in arrays.items())
-        return [custom_ops.preprocessing(s0, s1, kernels, True, epsilon)]
+        return [custom_ops.preprocessing(s0, s1, kernels, True, 0, epsilon)]
     return StaticProgram(store, build)(**arrays)[0]
 
 

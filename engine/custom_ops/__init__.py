@@ -92,30 +92,32 @@ def discrete_cell(x0, x1, running, masks, weights, operations, states, concat, c
 
 
 def mixed_cell(x, mixing, weights, primitives, nodes: int, reduction: bool, partial_channels: int,
-               weight_gradients: bool, epsilon: float):
+               weight_gradients: bool, constant_states: int, epsilon: float):
     """Adds all mixed operations of a supernet cell as one operator; model_search.Cell.batched adds the same function.
 
     x [N, 2 * C, H, W]: both input states; mixing [edges, primitives]: mixing weights, with partial_channels > 1 one
     more column, the weights of the edges; weights: a tensor [rows, columns, k, k] for each pair (columns, k), rows in
     the order of README.md; primitives: names that cells.h knows; weight_gradients: False leaves the gradients of the
-    weights 0; epsilon: of the normalisations.
+    weights 0; constant_states: the number of the first states (0 to 2) whose gradients are not needed, and left 0 like
+    those of the weights; epsilon: of the normalisations.
     Returns the nodes [N, nodes * C, H', W'].
     """
     return _add_operator('darts_mixed_cell', {'Inputs@VECTOR': [x, mixing, *weights]}, ['Out', 'Saved', 'Statistics'],
                          {'primitives': list(primitives), 'nodes': nodes, 'reduction': reduction,
                           'partial_channels': partial_channels, 'weight_gradients': weight_gradients,
-                          'epsilon': epsilon})[0]
+                          'constant_states': constant_states, 'epsilon': epsilon})[0]
 
 
-def preprocessing(s0, s1, weights, weight_gradients: bool, epsilon: float):
+def preprocessing(s0, s1, weights, weight_gradients: bool, constant_states: int, epsilon: float):
     """Adds the preprocessing of both inputs of a supernet cell as one operator.
 
     s0 [N, C0, H0, W0], s1 [N, C1, H, W]: outputs of the two cells before; weights: the kernels [C, C0, 1, 1] and
     [C, C1, 1, 1], or with H0 = 2 * H the two [C / 2, C0, 1, 1] of FactorizedReduce and [C, C1, 1, 1];
-    weight_gradients, epsilon: as of `mixed_cell`. Returns [N, 2 * C, H, W]: ReLU, convolution, normalisation.
+    weight_gradients, constant_states, epsilon: as of `mixed_cell`. Returns [N, 2 * C, H, W]: ReLU, convolution, normalisation.
     """
     return _add_operator('darts_preprocessing', {'Inputs@VECTOR': [s0, s1, *weights]}, ['Out', 'Statistics'],
-                         {'weight_gradients': weight_gradients, 'epsilon': epsilon})[0]
+                         {'weight_gradients': weight_gradients, 'constant_states': constant_states,
+                          'epsilon': epsilon})[0]
 
 
 def stem(images, weight, scale, shift, mean, variance, training: bool, weight_gradients: bool, epsilon: float,

@@ -70,9 +70,11 @@ class MixedCell {
     }
   }
 
-  // weight_gradients: false leaves the gradients of the weights unchanged and skips their computation.
+  // weight_gradients: false leaves the gradients of the weights unchanged and skips their computation. constant_states:
+  // the same for the first input states, whose gradients are set to 0.
   void backward(const T* out, const T* saved, const T* statistics, const T* out_gradient, bool weight_gradients,
-                T* x_gradient, T* mixing_gradient) {
+                int constant_states, T* x_gradient, T* mixing_gradient) {
+    constant_states_ = constant_states;
     // The backward pass does not write to these tensors.
     out_ = const_cast<T*>(out), saved_ = const_cast<T*>(saved), statistics_ = const_cast<T*>(statistics);
     const int64_t node_planes = space_.nodes * c_, ends = space_.edges * end_count() * c_;
@@ -202,7 +204,7 @@ class MixedCell {
   void add_edges(int g, int64_t n, Workspace& work) {
     Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
-    const bool compact = nodes_.rows() == 1;       // the rows of a plane are those of a node
+    const bool compact = nodes_.out_row == nodes_.w;     // a plane has the rows of a node
     std::vector<Term> terms;
     for (int node = group.first_node; node < space_.nodes; ++node)
       for (int64_t c = 0; c < c_; ++c) {
@@ -422,6 +424,11 @@ class MixedCell {
     const Group& group = space_.groups[g];
     const int place = stage ? 2 : g > 0;
     for (const Edge& edge : group.edges) {
+      if (edge.state < constant_states_) {
+        T* to = x_gradient + (n * 2 + edge.state) * state_c_ * inputs_.h * inputs_.w;
+        if (stage == 0 && edge.node == 0) std::fill_n(to, state_c_ * inputs_.h * inputs_.w, T(0));
+        continue;
+      }
       if (stage == 0 && edge.node == group.first_node) {
         pad_state(g, n, edge.state, work);
         std::fill(work.in_gradient, work.in_gradient + c_ * in_step(g), T(0));
@@ -667,6 +674,7 @@ class MixedCell {
   std::vector<Block> blocks_;                    // group by group, in the order of README.md
   std::vector<int> first_block_;                 // of each group
   int64_t weights_size_ = 0;
+  int constant_states_ = 0;
   T *out_, *saved_, *statistics_;
   std::vector<double> moments_;                  // [N, planes, 2]
   // Gradients of the nodes [N, nodes, channels as of `unshuffled`], and of the first normalisation's output in the
@@ -696,7 +704,7 @@ Shape check_inputs(const Space& space, const std::vector<Tensor>& inputs, float 
 }
 
 std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector<std::string>& primitives, int nodes,
-                            bool reduction, int partial_channels, bool, float epsilon) {
+                            bool reduction, int partial_channels, bool, int, float epsilon) {
   const Space space(primitives, nodes, reduction, partial_channels);
   const Shape shape = check_inputs(space, inputs, epsilon);
   const Tensor& x = inputs[0];
@@ -717,7 +725,7 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, const std::vector
 std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& out, const Tensor& saved,
                              const Tensor& statistics, const Tensor& out_gradient,
                              const std::vector<std::string>& primitives, int nodes, bool reduction,
-                             int partial_channels, bool weight_gradients, float epsilon) {
+                             int partial_channels, bool weight_gradients, int constant_states, float epsilon) {
   const Space space(primitives, nodes, reduction, partial_channels);
   const Shape shape = check_inputs(space, inputs, epsilon);
   const int64_t planes = saved_planes(space, inputs[0]);
@@ -725,6 +733,8 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
   check_shape("the output", out, shape);
   check_shape("the gradient of the output", out_gradient, shape);
   check_shape("the tensor of statistics", statistics, {planes, 2});
+  require(constant_states >= 0 && constant_states <= (weight_gradients ? 0 : 2),
+          "constant_states is not from 0 to 2, or not 0 with the gradients of the weights");
   std::vector<Tensor> gradients = gradients_of(inputs, 1);
   DARTS_DISPATCH(out.type(), "darts_mixed_cell_grad", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
@@ -732,7 +742,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
       check_shape("the tensor of saved results", saved, {shape[0], planes, Cell::plane_size(shape[2], shape[3])});
       Cell(space, inputs, &gradients, epsilon)
           .backward(out.data<data_t>(), saved.data<data_t>(), statistics.data<data_t>(), out_gradient.data<data_t>(),
-                    weight_gradients, gradients[0].data<data_t>(), gradients[1].data<data_t>());
+                    weight_gradients, constant_states, gradients[0].data<data_t>(), gradients[1].data<data_t>());
     });
   }));
   return gradients;
@@ -740,7 +750,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
 
 // For wrong inputs it returns unknown sizes: an exception would end the process here. The kernel raises the error.
 std::vector<Shape> InferShape(const std::vector<Shape>& inputs, const std::vector<std::string>& primitives, int nodes,
-                              bool reduction, int, bool, float) {
+                              bool reduction, int, bool, int, float) {
   const Shape& x = inputs[0];
   if (x.size() != 4) return {{-1, -1, -1, -1}, {-1, -1, -1}, {-1, 2}};
   const int64_t stride = reduction ? 2 : 1;
@@ -755,7 +765,7 @@ std::vector<paddle::DataType> InferDtype(const std::vector<paddle::DataType>& in
 
 #define DARTS_MIXED_CELL_ATTRIBUTES                                                                    \
   {"primitives: std::vector<std::string>", "nodes: int", "reduction: bool", "partial_channels: int", \
-   "weight_gradients: bool", "epsilon: float"}
+   "weight_gradients: bool", "constant_states: int", "epsilon: float"}
 
 // Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_mixed_cell)

@@ -78,8 +78,9 @@ class Preprocessing {
     }
   }
 
-  // d: gradient of x. weight_gradients: false leaves the gradients of the weights unchanged.
-  void backward(const T* x, const T* rstd, const T* d, bool weight_gradients) {
+  // d: gradient of x. weight_gradients: false leaves the gradients of the weights unchanged. constant_states: the number
+  // of the first inputs whose gradients are not needed, and set to 0.
+  void backward(const T* x, const T* rstd, const T* d, bool weight_gradients, int constant_states) {
     std::vector<double> sums(n_ * 2 * c_ * 2);
     std::vector<T> d_mean(2 * c_), slope(2 * c_);
     PartialSums<T> partial(n_, weight_gradients ? weights_size_ : 0);
@@ -92,7 +93,7 @@ class Preprocessing {
       const Geometry plane = Geometry::of<T>(1, plane_, 1, 0, 1);
       share(n_, 1, [&](int64_t n) {
         Timed timed(Phase::kNormalisation);
-        for (int64_t k = n * 2 * c_; k < (n + 1) * 2 * c_; ++k)
+        for (int64_t k = (n * 2 + constant_states) * c_; k < (n + 1) * 2 * c_; ++k)
           sum_gradient(plane, d + k * plane_, plane_, T(1), x + k * plane_, T(0), sums.data() + 2 * k);
       });
       share(2 * c_, 8, [&](int64_t c) {
@@ -104,6 +105,10 @@ class Preprocessing {
         for (int i = 0; i < 2; ++i) {
           const Input<T, L>& input = inputs_[i];
           Timed normalisation(Phase::kNormalisation);
+          if (i < constant_states) {
+            std::fill_n(input.gradient + n * image_size(input), image_size(input), T(0));
+            continue;
+          }
           for (int64_t c = 0; c < c_; ++c) {
             const int64_t channel = i * c_ + c, at = (n * 2 * c_ + channel) * plane_;
             differentiate_norm(input.geometry, d + at, x + at, rstd[channel], d_mean[channel], slope[channel],
@@ -164,7 +169,7 @@ Shape check_inputs(const std::vector<Tensor>& inputs, float epsilon) {
   return {s1[0], 2 * channels, s1[2], s1[3]};
 }
 
-std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, bool, float epsilon) {
+std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, bool, int, float epsilon) {
   const Shape shape = check_inputs(inputs, epsilon);
   const auto empty = [&](const Shape& sizes) { return paddle::empty(sizes, inputs[0].dtype(), inputs[0].place()); };
   Tensor x = empty(shape), rstd = empty({shape[1]});
@@ -178,24 +183,28 @@ std::vector<Tensor> Forward(const std::vector<Tensor>& inputs, bool, float epsil
 }
 
 std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& x, const Tensor& rstd,
-                             const Tensor& x_gradient, bool weight_gradients, float epsilon) {
+                             const Tensor& x_gradient, bool weight_gradients, int constant_states,
+                             float epsilon) {
   const Shape shape = check_inputs(inputs, epsilon);
   check_types({inputs[0], x, rstd, x_gradient});
   check_shape("the output", x, shape);
   check_shape("the gradient of the output", x_gradient, shape);
   check_shape("the tensor of statistics", rstd, {shape[1]});
+  require(constant_states >= 0 && constant_states <= (weight_gradients ? 0 : 2),
+          "constant_states is not from 0 to 2, or not 0 with the gradients of the weights");
   std::vector<Tensor> gradients = gradients_of(inputs, 2);
   DARTS_DISPATCH(x.type(), "darts_preprocessing_grad", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
       Preprocessing<data_t, decltype(lanes)::value>(inputs, &gradients)
-          .backward(x.data<data_t>(), rstd.data<data_t>(), x_gradient.data<data_t>(), weight_gradients);
+          .backward(x.data<data_t>(), rstd.data<data_t>(), x_gradient.data<data_t>(), weight_gradients,
+                    constant_states);
     });
   }));
   return gradients;
 }
 
 // For wrong inputs it returns unknown sizes: an exception would end the process here. The kernel raises the error.
-std::vector<Shape> InferShape(const std::vector<Shape>& inputs, bool, float) {
+std::vector<Shape> InferShape(const std::vector<Shape>& inputs, bool, int, float) {
   if (inputs.size() < 3 || inputs[1].size() != 4 || inputs.back().empty()) return {{-1, -1, -1, -1}, {-1}};
   const Shape& s1 = inputs[1];
   return {{s1[0], 2 * inputs.back()[0], s1[2], s1[3]}, {2 * inputs.back()[0]}};
@@ -205,7 +214,7 @@ std::vector<paddle::DataType> InferDtype(const std::vector<paddle::DataType>& in
 
 }  // namespace
 
-#define DARTS_PREPROCESSING_ATTRIBUTES {"weight_gradients: bool", "epsilon: float"}
+#define DARTS_PREPROCESSING_ATTRIBUTES {"weight_gradients: bool", "constant_states: int", "epsilon: float"}
 
 // Paddle requires a list of gradients to be the only output, so all inputs with a gradient form one list.
 PD_BUILD_OP(darts_preprocessing)
