@@ -524,15 +524,24 @@ struct Plain {
   template <typename T, int L>
   void write(T* to, typename Vector<T, L>::type v) const { store<T, L>(to, v); }
 };
+// Writes results that are not in the cache, and prefetches the next line of each row: the processor itself does not
+// prefetch for so many planes at once.
+struct ToMemory : Plain {
+  template <typename T, int L>
+  void write(T* to, typename Vector<T, L>::type v) const {
+    __builtin_prefetch(to + kCacheLine / sizeof(T), 1);
+    store<T, L>(to, v);
+  }
+};
 // Reads through a ReLU, which keeps a NaN.
-struct Rectified : Plain {
+struct Rectified : ToMemory {
   template <typename T, int L>
   static typename Vector<T, L>::type read(const T* p) {
     return rectify(load<T, L>(p));
   }
 };
 // The result is the gradient of relu(x): writes (with add: adds) that of x. x and the result have the same layout. The
-// next line of each row is prefetched, as the processor itself does not prefetch from so many planes at once.
+// next lines are prefetched as in `ToMemory`.
 template <typename T>
 struct ThroughRelu : Plain {
   const T *x, *result;
@@ -689,7 +698,7 @@ class Separable : public SeparableConvolution<T> {
   void forward(const T* padded, const T* weight, const T* pointwise, T* inner, T* out) const override {
     depthwise(padded, weight, inner);
     Timed timed(Phase::kPointwise);
-    multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size);
+    multiply<T, L>(pointwise, channels, 1, inner, g.step, channels, channels, g.size, out, g.size, ToMemory());
   }
 
   void backward(const T* padded, const T* weight, const T* flipped, const T* pointwise, const T* gradient, T* inner,
@@ -1050,7 +1059,7 @@ class RectifiedConvolution {
     }
     gather(x, number, grid);
     Timed timed(Phase::kPointwise);
-    multiply<T, L>(weight, channels_, 1, grid, g_.step, rows, channels_, g_.size, out, step);
+    multiply<T, L>(weight, channels_, 1, grid, g_.step, rows, channels_, g_.size, out, step, ToMemory());
   }
   // Adds the gradient of the weights. d: gradient of the output, planes at distances of g.step.
   void add_weight_gradient(const T* x, int64_t number, const T* d, int64_t rows, T* grid, T* weight_gradient) const {
