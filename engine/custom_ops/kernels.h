@@ -98,6 +98,22 @@ inline void store(T* p, typename Vector<T, L>::type v) {
   *reinterpret_cast<typename Vector<T, L>::type*>(p) = v;
 }
 
+// Returns a vector of equal numbers. Subtracting 0 changes no number, so the compiler omits it.
+template <typename T, int L>
+inline typename Vector<T, L>::type broadcast(T number) {
+  return number - typename Vector<T, L>::type{};
+}
+
+// Returns v, in a register. The compiler would otherwise load a vector from memory again wherever it is used, and loads
+// across two cache lines are what limits the loops below.
+template <typename V>
+inline V in_register(V v) {
+#ifdef __AVX__
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Returns the sum of the numbers in a vector, by adding halves.
 template <typename T, int L>
 inline T sum(typename Vector<T, L>::type v) {
@@ -373,12 +389,12 @@ inline void correlate_tile(const T* in, const Taps<K>& taps, const T* weight, T*
     const T* from = in + taps.columns[j];
     V weights[K];
 #pragma GCC unroll 8
-    for (int i = 0; i < K; ++i) weights[i] = V{} + weight[i * K + j];
+    for (int i = 0; i < K; ++i) weights[i] = broadcast<T, L>(weight[i * K + j]);
 #pragma GCC unroll 32
     for (int i = 0; i < RATIO * (ROWS - 1) + K; ++i, from += taps.row)
 #pragma GCC unroll 8
       for (int c = 0; c < COLUMNS; ++c) {
-        const V numbers = load<T, L>(from + c * L);
+        const V numbers = in_register(load<T, L>(from + c * L));
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
           if (i >= RATIO * r && i < RATIO * r + K) sums[r][c] += weights[i - RATIO * r] * numbers;
@@ -433,12 +449,12 @@ inline void correlate_weights_tile(const T* in, const Taps<K>& taps, int first, 
                                    V (&sums)[J][K]) {
   V d[ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) d[r] = load<T, L>(gradient + r * out_row);
+  for (int r = 0; r < ROWS; ++r) d[r] = in_register(load<T, L>(gradient + r * out_row));
 #pragma GCC unroll 32
   for (int i = 0; i < RATIO * (ROWS - 1) + K; ++i, in += taps.row)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
-      const V numbers = load<T, L>(in + taps.columns[first + j]);
+      const V numbers = in_register(load<T, L>(in + taps.columns[first + j]));
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r)
         if (i >= RATIO * r && i < RATIO * r + K) sums[j][i - RATIO * r] += d[r] * numbers;
@@ -486,8 +502,8 @@ class CorrelateBack {
   }
 
   // Adds to `padded`, a gradient in the layout of the padded input, the gradient at all places inside of the border.
-  // gradient: of the output [out_h, out_row], 0 in the columns from out_w on; weight, flipped [K, K]; bordered: memory for a padded plane of 0. It stays
-  // 0 outside of the copy of the gradient, so that all convolutions of a geometry can share it.
+  // gradient: of the output [out_h, out_row], 0 in the columns from out_w on; weight, flipped [K, K]; bordered: memory for
+  // a padded plane of 0, which stays 0 outside of the copy of the gradient. All convolutions of a geometry can share it.
   void add(const T* gradient, const T* weight, const T* flipped, T* bordered, T* padded) const {
     for (int64_t r = 0; r < g_.out_h; ++r)
       copy_row<T, L>(gradient + r * g_.out_row, g_.out_row, bordered + (r + d_.padding) * d_.row + d_.padding);
@@ -571,7 +587,7 @@ inline void multiply_tile(const T* a, int64_t a_row, int64_t a_column, const T* 
   for (int64_t k = 0; k < inner; ++k) {
     typename Vector<T, L>::type columns[COLUMNS];
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = Access::template read<T, L>(b + k * b_step + c * L);
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = in_register(Access::template read<T, L>(b + k * b_step + c * L));
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const T factor = a[r * a_row + k * a_column];
@@ -637,10 +653,10 @@ __attribute__((noinline)) void outer_tile(const T* a, int64_t a_step, const T* b
   for (int64_t p = 0; p < size; p += L) {
     typename Vector<T, L>::type columns[COLUMNS];
 #pragma GCC unroll 8
-    for (int c = 0; c < COLUMNS; ++c) columns[c] = Access::template read<T, L>(b + c * b_step + p);
+    for (int c = 0; c < COLUMNS; ++c) columns[c] = in_register(Access::template read<T, L>(b + c * b_step + p));
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const auto row = load<T, L>(a + r * a_step + p);
+      const auto row = in_register(load<T, L>(a + r * a_step + p));
 #pragma GCC unroll 8
       for (int c = 0; c < COLUMNS; ++c) sums[r][c] += row * columns[c];
     }
@@ -1128,8 +1144,10 @@ class RectifiedConvolution {
   template <int PARITY>
   void gather_every_second(const T* from, T* to) const {
     int64_t j = 0;
-    for (; j + L <= g_.out_w; j += L)
-      store<T, L>(to + j, rectify(shuffle<T, L, EverySecond<PARITY>>(load<T, L>(from + 2 * j), load<T, L>(from + 2 * j + L))));
+    for (; j + L <= g_.out_w; j += L) {
+      const auto left = load<T, L>(from + 2 * j), right = load<T, L>(from + 2 * j + L);
+      store<T, L>(to + j, rectify(shuffle<T, L, EverySecond<PARITY>>(left, right)));
+    }
     for (; j < g_.out_w; ++j) to[j] = rectify(from[2 * j + PARITY]);
   }
   template <int PARITY>

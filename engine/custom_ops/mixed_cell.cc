@@ -217,7 +217,8 @@ class MixedCell {
           for (const End& end : edge.ends) {
             const T weight = mixing_weight(edge, end);
             const T* state = state_planes(n, edge.state) + c * nodes_.h * nodes_.w;
-            if (end.plane >= 0) terms.push_back({result(n, end.plane, c), mean_of(end.plane, c), weight * rstd_of(end.plane, c)});
+            if (end.plane >= 0)
+              terms.push_back({result(n, end.plane, c), mean_of(end.plane, c), weight * rstd_of(end.plane, c)});
             else if (compact) terms.push_back({state, 0, weight});
             else add_compact_rows(weight, state, total);
           }
@@ -232,8 +233,8 @@ class MixedCell {
     const T* plane;
     T mean, factor;
   };
-  // Adds several planes to a plane of `size_` numbers, in this order. The planes are far from each other in memory, where
-  // the processor does not prefetch the first lines of the next one by itself: it reads four at a time.
+  // Adds several planes to a plane of `size_` numbers, in this order. Four are read at a time: they are far from each
+  // other in memory, and the processor does not prefetch the beginning of the next one.
   void add_terms(const std::vector<Term>& terms, T* total) const {
     size_t k = 0;
     for (; k + 4 <= terms.size(); k += 4) add_terms<4>(&terms[k], total);
@@ -250,9 +251,9 @@ class MixedCell {
   }
   // Adds a plane [h, w] to a plane with rounded-up rows.
   void add_compact_rows(T weight, const T* from, T* to) const {
-    for (int64_t i = 0; i < nodes_.h; ++i)
+    for (int64_t i = 0; i < nodes_.rows(); ++i)
 #pragma omp simd
-      for (int64_t j = 0; j < nodes_.w; ++j) to[i * nodes_.out_row + j] += weight * from[i * nodes_.w + j];
+      for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.out_row + j] += weight * from[i * nodes_.w + j];
   }
 
   // Adds the channels of a group's states that pass no operation to the nodes.
@@ -493,10 +494,7 @@ class MixedCell {
   }
   // Adds a plane [h, w] to the gradient of channel c of a node.
   void add_to_node(int64_t n, int64_t node, int64_t c, const T* from) {
-    T* to = gradient_ + ((n * space_.nodes + node) * state_c_ + unshuffled(c)) * size_;
-    for (int64_t i = 0; i < nodes_.rows(); ++i)
-#pragma omp simd
-      for (int64_t j = 0; j < nodes_.columns(); ++j) to[i * nodes_.out_row + j] += from[i * nodes_.w + j];
+    add_compact_rows(1, from, gradient_ + ((n * space_.nodes + node) * state_c_ + unshuffled(c)) * size_);
   }
   // Adds a plane with rounded-up rows to a plane [h, w].
   void add_rows(T weight, const T* from, T* to) const {
