@@ -325,8 +325,8 @@ class ConvNorm : public Operation<T> {
             if (stage == 0) {
               for (int64_t c = 0; c < c_; ++c) {
                 const int64_t at = c * g.h * g.w;
-                relu_backward<T, L>(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane), add,
-                             to.data + n * to.image + at);
+                relu_backward<T, L>(g, x.data + n * x.image + at, in_gradient + c * (g.stride == 1 ? g.step : g.plane),
+                                    add, to.data + n * to.image + at);
               }
             } else {
               for (int64_t c = 0; c < c_; ++c) {

@@ -834,7 +834,7 @@ class Pools {
  private:
   static constexpr int L = kMaxLanes<T>;
   typedef typename Vector<T, L>::type V;
-  static V at(const T* plane, int64_t p) { return load<T, L>(plane + p); }
+  static V at(const T* plane, int64_t p) { return in_register(load<T, L>(plane + p)); }
   static V larger(V a, V b) { return (b > a) | (b != b) ? b : a; }            // keeps a NaN
 
   // Returns how many of the 3 places of a window around place i * stride are inside of the plane.
