@@ -113,7 +113,8 @@ def preprocessing(s0, s1, weights, weight_gradients: bool, constant_states: int,
 
     s0 [N, C0, H0, W0], s1 [N, C1, H, W]: outputs of the two cells before; weights: the kernels [C, C0, 1, 1] and
     [C, C1, 1, 1], or with H0 = 2 * H the two [C / 2, C0, 1, 1] of FactorizedReduce and [C, C1, 1, 1];
-    weight_gradients, constant_states, epsilon: as of `mixed_cell`. Returns [N, 2 * C, H, W]: ReLU, convolution, normalisation.
+    weight_gradients, constant_states, epsilon: as of `mixed_cell`. Returns [N, 2 * C, H, W]: ReLU, convolution,
+    normalisation.
     """
     return _add_operator('darts_preprocessing', {'Inputs@VECTOR': [s0, s1, *weights]}, ['Out', 'Statistics'],
                          {'weight_gradients': weight_gradients, 'constant_states': constant_states,
