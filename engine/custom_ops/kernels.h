@@ -169,7 +169,7 @@ template <int L, int HALF>
 struct Alternating {
   static constexpr int at(int i) { return i % 2 * L + i / 2 + HALF * (L / 2); }
 };
-// The first (half 0) or second half of every run of 2 RUN numbers, of a and b in turns.
+// The first (half 0) or second half of every run of 2 RUN numbers, of a and b alternately.
 template <int L, int RUN, int HALF>
 struct Runs {
   static constexpr int at(int i) { return i / RUN % 2 * L + i / (2 * RUN) * 2 * RUN + i % RUN + HALF * RUN; }
@@ -541,7 +541,7 @@ struct Plain {
   void write(T* to, typename Vector<T, L>::type v) const { store<T, L>(to, v); }
 };
 // Writes results that are not in the cache, and prefetches the next line of each row: the processor itself does not
-// prefetch for so many planes at once.
+// prefetch for so many planes.
 struct ToMemory : Plain {
   template <typename T, int L>
   void write(T* to, typename Vector<T, L>::type v) const {
@@ -1176,7 +1176,7 @@ class RectifiedConvolution {
 
 // Calls f(k) for k < count, in a parallel region. A thread takes the next `chunk` numbers when it is idle, so that one
 // whose core is busy with another process takes fewer. Returns when all calls have returned. backwards: from the last
-// number on. Passes in turns of direction begin with the images that are still in the cache.
+// number on. If the passes alternate, each begins with the images that are still in the cache.
 template <typename F>
 void share(int64_t count, int64_t chunk, F f, bool backwards = false) {
   {
