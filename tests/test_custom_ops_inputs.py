@@ -154,21 +154,38 @@ STATES = {'s0': (3, 6, 8, 12), 's1': (3, 5, 4, 6), 'first': (2, 6, 1, 1), 'secon
           'kernel': (4, 5, 1, 1)}
 
 
-def run_preprocessing(shapes, dtypes=(), epsilon=1e-5):
-    """Runs the preprocessing of a cell with random inputs of these shapes; returns its output."""
+def run_preprocessing(shapes, dtypes=(), epsilon=1e-5, weight_gradients=True, constant_states=0):
+    """Runs the preprocessing of a cell with random inputs of these shapes; returns its output and the gradients of both
+    states.
+    """
     rng, store = np.random.default_rng(0), VariableStore(paddle.CPUPlace())
     arrays = {name: rng.normal(size=shape).astype(dict(dtypes).get(name, 'float32')) for name, shape in shapes.items()}
 
     def build():
-        s0, s1, *kernels = (store.input(name, list(array.shape), str(array.dtype)) for name, array in arrays.items())
-        return [custom_ops.preprocessing(s0, s1, kernels, True, 0, epsilon)]
-    return StaticProgram(store, build)(**arrays)[0]
+        variables = [store.input(name, list(array.shape), str(array.dtype)) for name, array in arrays.items()]
+        for variable in variables:
+            variable.stop_gradient = False
+        s0, s1, *kernels = variables
+        x = custom_ops.preprocessing(s0, s1, kernels, weight_gradients, constant_states, epsilon)
+        return [x, *paddle.static.gradients([paddle.sum(x * x * x)], [s0, s1])]
+    return StaticProgram(store, build)(**arrays)
 
 
 def test_preprocessing_accepts_its_inputs():
-    output = run_preprocessing(STATES)
+    output = run_preprocessing(STATES)[0]
     assert output.shape == (3, 8, 4, 6) and np.abs(output.mean(axis=(0, 2, 3))).max() < 1e-6
     assert np.abs(output.std(axis=(0, 2, 3)) - 1).max() < 1e-3
+
+
+def test_constant_states_of_preprocessing_have_no_gradient(refuses):
+    complete = run_preprocessing(STATES)[1:]
+    for constant in range(3):
+        gradients = run_preprocessing(STATES, weight_gradients=False, constant_states=constant)[1:]
+        for number, (gradient, expected) in enumerate(zip(gradients, complete)):
+            assert np.any(expected)
+            assert np.array_equal(gradient, expected if number >= constant else np.zeros_like(expected))
+    with refuses('constant_states'):
+        run_preprocessing(STATES, constant_states=1)
 
 
 @pytest.mark.parametrize('changes, reason', [

@@ -52,6 +52,12 @@ inline void check_shape(const char* name, const Tensor& tensor, const Shape& exp
   require(tensor.shape() == expected, name, " has a wrong shape");
 }
 
+// constant_states: the number of the first states whose gradients are not needed.
+inline void check_constant_states(int constant_states, bool weight_gradients) {
+  require(constant_states >= 0 && constant_states <= (weight_gradients ? 0 : 2),
+          "constant_states is not from 0 to 2, or not 0 with the gradients of the weights");
+}
+
 // Calls a function in which data_t is the element type. float64 takes a fifth of the time of compilation, and only tests
 // need it: they compile it (-DDARTS_FLOAT64).
 #ifdef DARTS_FLOAT64

@@ -363,8 +363,8 @@ class ConvNorm : public Operation<T> {
         pad<T, L>(first_, x.data + n * x.image + c * first_.h * first_.w, padded + c * first_.plane);
       else
         normalise_relu<T, L>(second_, saved_ + (n * stages_ * c_ + c) * size_, first_.out_row,
-                       affine_.value[c] * statistics_[2 * c + 1], statistics_[2 * c], affine_.value[c_ + c],
-                       padded + c * second_.plane);
+                             affine_.value[c] * statistics_[2 * c + 1], statistics_[2 * c], affine_.value[c_ + c],
+                             padded + c * second_.plane);
     }
   }
 

@@ -126,17 +126,30 @@ inline T sum(typename Vector<T, L>::type v) {
   }
 }
 
-// Returns the sum of f(0), f(L), ... over `size` numbers; f(p): the vector at index p. There are four sums, so that no
-// addition waits for the one before.
+// Sums of vectors. There are four, so that no addition waits for the one before.
+template <typename T, int L>
+struct FourSums {
+  typename Vector<T, L>::type sums[4] = {};
+
+  // Adds f(0), f(L), ... of the complete vectors among `size` numbers; f(p): the vector at index p. Returns the next p.
+  template <typename F>
+  int64_t add(int64_t size, F f) {
+    int64_t p = 0;
+    for (; p + 4 * L <= size; p += 4 * L)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sums[k] += f(p + k * L);
+    for (; p + L <= size; p += L) sums[0] += f(p);
+    return p;
+  }
+  T total() const { return sum<T, L>(sums[0] + sums[1] + (sums[2] + sums[3])); }
+};
+
+// Returns the sum of the vectors f(0), f(L), ... over `size` numbers, a multiple of L.
 template <typename T, int L, typename F>
 inline T sum_vectors(int64_t size, F f) {
-  typename Vector<T, L>::type sums[4] = {};
-  int64_t p = 0;
-  for (; p + 4 * L <= size; p += 4 * L)
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sums[k] += f(p + k * L);
-  for (; p < size; p += L) sums[0] += f(p);
-  return sum<T, L>(sums[0] + sums[1] + (sums[2] + sums[3]));
+  FourSums<T, L> sums;
+  sums.add(size, f);
+  return sums.total();
 }
 
 inline int threads() { return darts_threads > 0 ? darts_threads : omp_get_max_threads(); }
@@ -540,8 +553,7 @@ struct Plain {
   template <typename T, int L>
   void write(T* to, typename Vector<T, L>::type v) const { store<T, L>(to, v); }
 };
-// Writes results that are not in the cache, and prefetches the next line of each row: the processor itself does not
-// prefetch for so many planes.
+// Writes results that are not in the cache, and prefetches the next line of each row.
 struct ToMemory : Plain {
   template <typename T, int L>
   void write(T* to, typename Vector<T, L>::type v) const {
@@ -930,17 +942,13 @@ void compute_moments(const Geometry& g, const T* plane, double* moments) {
   typedef typename Vector<T, L>::type V;
   const V zero{}, mask = columns_mask<T, L>(g);
   const auto total = [&](auto f) {
-    V sums[4] = {};                                     // so that no addition waits for the one before
+    FourSums<T, L> total;
     for (int64_t i = 0; i < g.rows(); ++i) {
       const T* row = plane + i * g.out_row;
-      int64_t j = 0;
-      for (; j + 4 * L <= g.columns(); j += 4 * L)
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) sums[k] += f(load<T, L>(row + j + k * L));
-      for (; j + L <= g.columns(); j += L) sums[0] += f(load<T, L>(row + j));
-      if (j < g.columns()) sums[1] += mask > zero ? f(load<T, L>(row + j)) : zero;
+      const int64_t j = total.add(g.columns(), [&](int64_t p) { return f(load<T, L>(row + p)); });
+      if (j < g.columns()) total.sums[1] += mask > zero ? f(load<T, L>(row + j)) : zero;
     }
-    return sum<T, L>(sums[0] + sums[1] + (sums[2] + sums[3]));
+    return total.total();
   };
   const T mean = total([](V v) { return v; }) / (g.out_h * g.out_w);
   moments[0] = mean;
@@ -979,7 +987,7 @@ void normalise_relu(const Geometry& g, const T* y, int64_t y_row, T factor, T me
 }
 
 // Writes the sums of keep d and of keep d (y - mean) to sums [2]. d_row: distance between the rows of d. Four sums of
-// each, as in `sum_vectors`.
+// each, as in `FourSums`.
 template <typename T>
 void sum_gradient(const Geometry& g, const T* d, int64_t d_row, T keep, const T* y, T mean, double* sums) {
   constexpr int L = kMaxLanes<T>;

@@ -130,6 +130,12 @@ class MixedCell {
     T* gradient;                                     // the sums of a part of the batch, or null
   };
 
+  // What an operation contributes to a node: factor (plane - mean).
+  struct Term {
+    const T* plane;
+    T mean, factor;
+  };
+
   // Memory of a thread. The upper bound of its size: 11 blocks of C planes and 8 of one plane.
   struct Workspace {
     explicit Workspace(const MixedCell& cell) : scratch(11 * (cell.c_ + 1) * cell.largest_plane() + cell.pool_work_size()) {
@@ -155,6 +161,7 @@ class MixedCell {
     T *inner, *inner_gradient, *conv_gradient, *grids[2], *grids_gradient[2], *in_gradient;
     T *pool, *total, *direct;                                          // of the pools; one plane each
     T* weights = nullptr;                                              // gradients of all weights, or null
+    std::vector<Term> terms;                                           // of a plane of a node
   };
 
   // Computes, for one image, the convolutions of a stage on all edges of a group, up to their normalisation. Stage 0
@@ -205,7 +212,7 @@ class MixedCell {
     Timed timed(Phase::kSums);
     const Group& group = space_.groups[g];
     const bool compact = nodes_.out_row == nodes_.w;     // a plane has the rows of a node
-    std::vector<Term> terms;
+    std::vector<Term>& terms = work.terms;
     for (int node = group.first_node; node < space_.nodes; ++node)
       for (int64_t c = 0; c < c_; ++c) {
         T *to = node_plane(n, node, c), *total = compact ? to : work.total;
@@ -228,11 +235,6 @@ class MixedCell {
       }
     if (space_.partial > 1) add_rest(g, n, work);
   }
-  // What an operation contributes to a node: factor (plane - mean).
-  struct Term {
-    const T* plane;
-    T mean, factor;
-  };
   // Adds several planes to a plane of `size_` numbers, in this order. Four are read at a time: they are far from each
   // other in memory, and the processor does not prefetch the beginning of the next one.
   void add_terms(const std::vector<Term>& terms, T* total) const {
@@ -731,8 +733,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& ou
   check_shape("the output", out, shape);
   check_shape("the gradient of the output", out_gradient, shape);
   check_shape("the tensor of statistics", statistics, {planes, 2});
-  require(constant_states >= 0 && constant_states <= (weight_gradients ? 0 : 2),
-          "constant_states is not from 0 to 2, or not 0 with the gradients of the weights");
+  check_constant_states(constant_states, weight_gradients);
   std::vector<Tensor> gradients = gradients_of(inputs, 1);
   DARTS_DISPATCH(out.type(), "darts_mixed_cell_grad", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {

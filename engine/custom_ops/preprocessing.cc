@@ -190,8 +190,7 @@ std::vector<Tensor> Backward(const std::vector<Tensor>& inputs, const Tensor& x,
   check_shape("the output", x, shape);
   check_shape("the gradient of the output", x_gradient, shape);
   check_shape("the tensor of statistics", rstd, {shape[1]});
-  require(constant_states >= 0 && constant_states <= (weight_gradients ? 0 : 2),
-          "constant_states is not from 0 to 2, or not 0 with the gradients of the weights");
+  check_constant_states(constant_states, weight_gradients);
   std::vector<Tensor> gradients = gradients_of(inputs, 2);
   DARTS_DISPATCH(x.type(), "darts_preprocessing_grad", ([&] {
     dispatch_lanes<data_t>(shape[3], [&](auto lanes) {
